@@ -1,0 +1,60 @@
+"""The contract of an eviction policy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+from cache.keys import ExpertKey
+
+
+class PolicyError(ValueError):
+    """A policy name or parameter that does not exist; the message says which do."""
+
+
+class Policy(ABC):
+    """Decides which resident records to give up. Sees events and keys, never bytes, slots or time.
+
+    The cache tells it of every event (:meth:`record_event`), of every key that takes a slot (:meth:`admit`) and of
+    every key that loses it (:meth:`evict`). It asks with :meth:`victims`, which changes nothing. A policy is
+    deterministic and costs O(log n) or better per access.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def record_event(self, keys: Sequence[ExpertKey]) -> None:
+        """One event: the distinct experts that one forward pass of one layer selects, resident or not."""
+
+    @abstractmethod
+    def admit(self, key: ExpertKey) -> None:
+        """``key`` takes a slot. It must not be resident."""
+
+    @abstractmethod
+    def evict(self, key: ExpertKey) -> None:
+        """``key`` loses its slot, as a victim or because its load failed. It must be resident."""
+
+    @abstractmethod
+    def victims(self, n: int, protected: Collection[ExpertKey], layer: int | None = None) -> list[ExpertKey] | None:
+        """Exactly ``n`` distinct resident keys outside ``protected``, best victim first, or None if there are fewer.
+
+        ``layer`` restricts the choice to that layer. Changes no state that a caller could notice. ``protected`` is
+        a set or another collection with a fast ``in``.
+        """
+
+    def cold(self, n: int) -> list[ExpertKey]:
+        """At most ``n`` resident keys that a prefetch may displace, coldest first. Changes nothing."""
+        while n > 0:
+            keys = self.victims(n, ())
+            if keys is not None:
+                return keys
+            n -= 1
+        return []
+
+    @abstractmethod
+    def resident(self) -> set[ExpertKey]:
+        """The keys that were admitted and not evicted since."""
+
+    def check_integrity(self) -> None:  # noqa: B027 - a policy without inner structures has nothing to check
+        """Assert that the policy's own structures agree with each other. For tests."""

@@ -1,0 +1,45 @@
+"""Exponentially weighted frequency (LRFU)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from cache.keys import ExpertKey
+from cache.policies.base import PolicyError
+from cache.policies.scored import ScoredPolicy
+
+
+class EWMA(ScoredPolicy):
+    """Gives up the record with the lowest decayed count of events.
+
+    Every use adds 1 to a score that halves every ``half_life`` events of its layer: a short half-life behaves like
+    LRU, a long one like LFU. Scores are kept as logarithms, as of time 0: for a clock ``t`` a use adds
+    ``2**(t / half_life)``, so scores of different ages compare without touching the ones that were not used.
+
+    Source: Lee et al., "LRFU: a spectrum of policies that subsumes the least recently used and least frequently
+    used policies", IEEE Transactions on Computers 50(12), 2001.
+    """
+
+    name = "ewma"
+
+    def __init__(self, *, half_life: float = 16.0) -> None:
+        super().__init__()
+        if not (half_life > 0 and math.isfinite(half_life)):
+            raise PolicyError(f"ewma: half_life must be above 0, not {half_life}")
+        self._half_life = half_life
+        self._clock: defaultdict[int, int] = defaultdict(int)  # events seen, by layer
+        self._log2_score: dict[ExpertKey, float] = {}
+
+    def score(self, key: ExpertKey) -> float:
+        return self._log2_score.get(key, -math.inf)
+
+    def update_scores(self, keys: Sequence[ExpertKey]) -> None:
+        for layer in {key.layer for key in keys}:
+            self._clock[layer] += 1
+        for key in keys:
+            now = self._clock[key.layer] / self._half_life
+            before = self._log2_score.get(key, -math.inf)
+            # log2(2**before + 2**now), without leaving the logarithm: 2**now overflows in a long session
+            self._log2_score[key] = max(before, now) + math.log2(1.0 + 2.0 ** -abs(now - before))

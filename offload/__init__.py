@@ -1,0 +1,1 @@
+"""Moves expert weights and computes with them. Importing this package alone loads neither torch nor transformers."""

@@ -1,0 +1,197 @@
+"""The expert cache's state machine: examples, and random events, failures and cancels with every invariant checked."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cache.expert_cache import ExpertCache, SlotState
+from cache.keys import ExpertKey
+from cache.policies import POLICIES, make_policy
+
+
+def key(expert: int, layer: int = 0) -> ExpertKey:
+    return ExpertKey(layer, expert)
+
+
+def serve(cache: ExpertCache, layer: int, *experts: int) -> None:
+    """One whole event, loading in waves as the runtime does."""
+    found = cache.lookup(layer, experts)
+    for hit in found.hits:
+        cache.release(hit)
+    misses = list(found.misses)
+    while misses:
+        loads = cache.reserve(misses)
+        assert loads, "an event always makes progress"
+        for load in loads:
+            misses.remove(load.key)
+            cache.commit(load.key)
+            cache.release(load.key)
+    cache.end_event()
+
+
+@pytest.fixture
+def cache() -> ExpertCache:
+    return ExpertCache(3, make_policy("lru"))
+
+
+def test_an_event_is_classified_before_anything_is_admitted(cache: ExpertCache) -> None:
+    serve(cache, 0, 1, 2)
+    cache.lookup(0, [9])
+    cache.reserve([key(9)])
+    cache.end_event()
+    found = cache.lookup(0, [1, 9, 5, 1])
+    assert found == ([key(1)], [key(9)], [key(5)])
+    counters = cache.counters.decode
+    assert (counters.hits, counters.pending, counters.misses) == (1, 1, 4)
+
+
+def test_prefill_and_decode_are_counted_apart(cache: ExpertCache) -> None:
+    cache.lookup(0, [1, 2], decode=False)
+    cache.end_event()
+    assert (cache.counters.prefill.misses, cache.counters.decode.misses) == (2, 0)
+    assert cache.counters.decode.hit_rate is None
+
+
+def test_keys_of_the_event_are_not_victims(cache: ExpertCache) -> None:
+    serve(cache, 0, 1, 2, 3)
+    found = cache.lookup(0, [1, 4])
+    (load,) = cache.reserve(found.misses)
+    assert load.victim == key(2)
+    assert cache.state(key(1)) is SlotState.READY
+
+
+def test_an_event_larger_than_the_cache_waits_for_released_keys(cache: ExpertCache) -> None:
+    serve(cache, 0, 1, 2, 3)
+    found = cache.lookup(0, [1, 2, 3, 4])
+    assert cache.reserve(found.misses) == []
+    cache.release(key(2))
+    (load,) = cache.reserve(found.misses)
+    assert load.victim == key(2)
+
+
+def test_outsiders_go_before_released_keys_of_the_event() -> None:
+    cache = ExpertCache(3, make_policy("lfu"))
+    for _ in range(5):
+        serve(cache, 1, 9)  # frequent, but outside the event below
+    serve(cache, 0, 1, 2)
+    found = cache.lookup(0, [1, 2, 3])
+    cache.release(key(1))
+    (load,) = cache.reserve(found.misses)
+    assert load.victim == key(9, layer=1)
+
+
+def test_one_slot_serves_any_event() -> None:
+    cache = ExpertCache(1, make_policy("lru"))
+    serve(cache, 0, *range(8))
+    assert cache.resident() == {key(7)}
+
+
+def test_loading_slots_are_never_victims() -> None:
+    cache = ExpertCache(1, make_policy("lru"))
+    cache.lookup(0, [1])
+    cache.reserve([key(1)])
+    cache.end_event()  # cancelled: the load goes on
+    found = cache.lookup(0, [2])
+    assert cache.reserve(found.misses) == []
+    cache.commit(key(1))
+    assert cache.reserve(found.misses)[0].victim == key(1)
+
+
+def test_an_abandoned_load_frees_its_slot(cache: ExpertCache) -> None:
+    cache.lookup(0, [1])
+    cache.reserve([key(1)])
+    cache.abandon(key(1))
+    cache.end_event()
+    assert cache.resident() == set()
+    assert cache.counters.failed_loads == 1
+
+
+def test_misuse_is_refused(cache: ExpertCache) -> None:
+    cache.lookup(0, [1])
+    with pytest.raises(RuntimeError, match="not ended"):
+        cache.lookup(0, [2])
+    with pytest.raises(ValueError, match="not loading"):
+        cache.commit(key(1))
+    with pytest.raises(ValueError, match="does not hold"):
+        cache.release(key(5))
+    cache.reserve([key(1)])
+    with pytest.raises(ValueError, match="resident already"):
+        cache.reserve([key(1)])
+    with pytest.raises(ValueError, match="at least one slot"):
+        ExpertCache(0, make_policy("lru"))
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random events with loads that finish late, fail, or outlive their event."""
+
+    @initialize(slots=st.integers(1, 6), policy=st.sampled_from(sorted(POLICIES)))
+    def start(self, slots: int, policy: str) -> None:
+        self.cache = ExpertCache(slots, make_policy(policy))
+        self.open = False
+        self.needed: set[ExpertKey] = set()
+        self.loading: set[ExpertKey] = set()
+        self.ready: set[ExpertKey] = set()
+
+    @precondition(lambda self: not self.open)
+    @rule(layer=st.integers(0, 2), experts=st.lists(st.integers(0, 7), min_size=1, max_size=8), decode=st.booleans())
+    def lookup(self, layer: int, experts: list[int], decode: bool) -> None:
+        found = self.cache.lookup(layer, experts, decode=decode)
+        self.needed = {key(expert, layer) for expert in experts}
+        assert set(found.hits) == self.needed & self.ready
+        assert set(found.pending) == self.needed & self.loading
+        assert set(found.misses) == self.needed - self.ready - self.loading
+        self.open = True
+
+    @precondition(lambda self: self.open)
+    @rule(limit=st.one_of(st.none(), st.integers(0, 3)))
+    def reserve(self, limit: int | None) -> None:
+        misses = sorted(self.needed - self.ready - self.loading)
+        free = self.cache.slots - len(self.ready) - len(self.loading)
+        possible = free + len(self.ready - self.needed)
+        loads = self.cache.reserve(misses, limit)
+        assert len(loads) == min(len(misses), possible, len(misses) if limit is None else limit)
+        for load in loads:
+            if load.victim is not None:
+                assert load.victim in self.ready - self.needed, "a victim is ready and not needed"
+                self.ready.remove(load.victim)
+            self.loading.add(load.key)
+
+    @precondition(lambda self: self.loading)
+    @rule(data=st.data(), good=st.booleans())
+    def finish(self, data: st.DataObject, good: bool) -> None:
+        done = data.draw(st.sampled_from(sorted(self.loading)))
+        self.loading.remove(done)
+        if good:
+            self.cache.commit(done)
+            self.ready.add(done)
+        else:
+            self.cache.abandon(done)
+
+    @precondition(lambda self: self.open and self.needed & self.ready)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        done = data.draw(st.sampled_from(sorted(self.needed & self.ready)))
+        self.cache.release(done)
+        self.needed.remove(done)
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def end(self) -> None:
+        self.cache.end_event()
+        self.needed, self.open = set(), False
+
+    @invariant()
+    def consistent(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check_integrity()
+        assert self.cache.resident() == self.ready | self.loading
+        slots = [self.cache.slot(resident) for resident in self.cache.resident()]
+        assert len(set(slots)) == len(slots)
+
+
+CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestCacheMachine = CacheMachine.TestCase
