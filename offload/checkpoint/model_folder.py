@@ -1,0 +1,92 @@
+"""Is this folder a checkpoint that can be run? Looks at names, the config and the index; reads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from offload.errors import ModelError
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# A clone without Git LFS leaves a text of about 130 bytes in place of each large file.
+_LFS_POINTER_START = b"version http"
+_LFS_POINTER_MAX_BYTES = 1024
+
+
+def check_model_folder(folder: Path, weights: bool = True) -> None:
+    """Raise ModelError unless ``folder`` holds a config and, with ``weights``, every safetensors file of the model."""
+    if not folder.is_dir():
+        raise ModelError(f"--model: '{folder}' is not a folder; give the folder that holds {CONFIG_FILE}")
+    read_json_object(folder / CONFIG_FILE)
+    if weights:
+        _check_weights(folder)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ModelError, naming the file, when it is missing or anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"'{path.parent}' is not a model folder: it has no {path.name}") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ModelError(f"{path} is damaged: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is damaged: not a JSON object")
+    return value
+
+
+def shard_names(index_path: Path) -> tuple[str, ...]:
+    """The names of the files that an index lists, sorted. Raises ModelError for a damaged index."""
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index_path} is damaged: it has no weight_map")
+    names = set(weight_map.values())
+    for name in names:
+        # A name must stay inside the folder: an index is data from a stranger.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index_path} is damaged: '{name}' is not the name of a safetensors file")
+    return tuple(sorted(names))
+
+
+def no_safetensors_message(name: str, files: Iterable[str]) -> str:
+    """One line that says why a model without safetensors cannot be run, by what it has instead."""
+    suffixes = {Path(file).suffix for file in files}
+    if suffixes.intersection(_PICKLES):
+        reason = "has only pickled weights (.bin, .pt), which can run code; only safetensors are loaded"
+    elif ".gguf" in suffixes:
+        reason = "has only GGUF weights, which are not supported; use the original checkpoint in safetensors"
+    else:
+        reason = "has no *.safetensors weights"
+    return f"'{name}' {reason}"
+
+
+def _check_weights(folder: Path) -> None:
+    if (folder / INDEX_FILE).exists():
+        names = shard_names(folder / INDEX_FILE)
+    else:
+        names = tuple(sorted(path.name for path in folder.glob("*.safetensors")))
+        if not names:
+            raise ModelError(no_safetensors_message(str(folder), (path.name for path in folder.iterdir())))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"'{folder}' is incomplete: {missing[0]}{more} of {len(names)} weight files missing")
+    for name in names:
+        _refuse_lfs_pointer(folder / name)
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    try:
+        if path.stat().st_size > _LFS_POINTER_MAX_BYTES:
+            return
+        start = path.read_bytes()[: len(_LFS_POINTER_START)]
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    if start == _LFS_POINTER_START:
+        raise ModelError(f"{path} is a Git LFS pointer, not weights; run 'git lfs pull' in the folder")

@@ -1,0 +1,147 @@
+"""Frozen settings, validated once, and the parsing of sizes. Standard library only."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from offload.errors import UsageError
+
+_UNITS = {
+    "": 1, "b": 1,
+    "k": 2**10, "kib": 2**10, "kb": 10**3,
+    "m": 2**20, "mib": 2**20, "mb": 10**6,
+    "g": 2**30, "gib": 2**30, "gb": 10**9,
+    "t": 2**40, "tib": 2**40, "tb": 10**12,
+}  # fmt: skip
+DEFAULT_CONTEXT_TOKENS = 4096
+DEFAULT_MAX_NEW_TOKENS = 512
+DEFAULT_PREFILL_CHUNK = 512
+DEFAULT_POLICY = "lru"
+DEVICES = ("auto", "cpu")
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of a size such as ``8GiB``, ``512MiB``, ``1500M`` (binary) or ``2GB`` (decimal).
+
+    Raises UsageError, naming ``flag``, for anything else and for sizes below one byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    factor = _UNITS.get(match.group(2).lower()) if match else None
+    if match is None or factor is None:
+        raise UsageError(f"{flag}: '{text}' is not a size; write for example 8GiB or 512MiB")
+    size = float(match.group(1)) * factor
+    if size < 1:
+        raise UsageError(f"{flag}: the size must be above zero")
+    if size >= 2**63:
+        raise UsageError(f"{flag}: '{text}' is more than any machine has")
+    return int(size)
+
+
+def format_size(size: float) -> str:
+    """A size for people: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+def _is_number(value: object) -> bool:
+    # a batch row can hold a whole number that no float can
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63 and math.isfinite(value)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How tokens are chosen. ``None`` means: as the checkpoint's generation_config says, or the library's neutral.
+
+    ``temperature`` 0 is greedy. ``seed`` None draws a fresh one.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            _check(value is None or _is_number(value), f"--{name.replace('_', '-')}: '{value}' is not a number")
+        for name in ("top_k", "max_new_tokens", "seed"):
+            value = getattr(self, name)
+            _check(
+                value is None or (isinstance(value, int) and not isinstance(value, bool)),
+                f"--{name.replace('_', '-')}: '{value}' is not a whole number",
+            )
+            _check(value is None or value < 2**63, f"--{name.replace('_', '-')}: the number is too large")
+        _check(self.max_new_tokens is not None and self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
+        _check(self.temperature is None or self.temperature >= 0, "--temperature must be 0 (greedy) or above")
+        _check(self.top_k is None or self.top_k >= 0, "--top-k must be 0 (off) or above")
+        _check(self.top_p is None or 0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
+        _check(self.min_p is None or 0 <= self.min_p <= 1, "--min-p must be between 0 and 1")
+        _check(self.repetition_penalty is None or self.repetition_penalty > 0, "--repetition-penalty must be above 0")
+        _check(self.seed is None or 0 <= self.seed < 2**63, "--seed must be between 0 and 2**63 - 1")
+        _check(
+            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+            "--stop: every stop string must have at least one character",
+        )
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    def overridden(self, values: dict[str, Any]) -> SamplingSettings:
+        """A copy with some fields replaced, as a batch row may ask. Raises UsageError for a bad value."""
+        if isinstance(values.get("stop"), str):
+            values = values | {"stop": (values["stop"],)}
+        elif isinstance(values.get("stop"), list):
+            values = values | {"stop": tuple(values["stop"])}
+        return replace(self, **values)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Everything that decides how a model is opened. Sizes in bytes; ``None`` means ``auto``."""
+
+    model: str = "demo"
+    revision: str | None = None
+    device: str = "auto"
+    ram: int | None = None
+    residency: float | None = None
+    context_tokens: int | None = None
+    policy: str = DEFAULT_POLICY
+    experts_dir: Path | None = None
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    read_workers: int = 4
+    verify: bool = False
+    offline: bool = False
+    trace_out: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check(bool(self.model.strip()), "--model: the name is empty; give a folder, a hub id (org/name) or 'demo'")
+        _check(
+            self.device in DEVICES,
+            f"--device: '{self.device}' is not one of {', '.join(DEVICES)} (other devices are not supported yet)",
+        )
+        _check(self.ram is None or self.ram >= 1, "--ram must be above zero")
+        _check(
+            self.residency is None or 0 < self.residency <= 1, "--residency must be above 0 and at most 1 (0.5 is half)"
+        )
+        _check(self.context_tokens is None or self.context_tokens >= 2, "--ctx must be at least 2 tokens")
+        _check(self.prefill_chunk >= 1, "--prefill-chunk must be at least 1 token")
+        _check(1 <= self.read_workers <= 64, "--read-workers must be between 1 and 64")

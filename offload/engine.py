@@ -1,0 +1,264 @@
+"""The engine: opens a model under a budget and answers with a stream of events. All that a front end sees.
+
+Thread ownership: one thread, the one that iterates :meth:`Engine.generate`, owns the model, the KV cache and the expert
+cache. Only the disk lane's workers run beside it, and they touch nothing but the slot they were given. From other
+threads only :meth:`Engine.cancel` may be called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from cache.policies import PolicyError, make_policy
+from cache.trace import TraceRecorder
+from offload.checkpoint.expert_file import ExpertFile
+from offload.config import EngineSettings, SamplingSettings
+from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
+from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RunStats, Token
+from offload.generation.sampling import Sampler
+from offload.generation.text import Detokenizer, StopStrings
+from offload.memory.lanes import DiskLane
+from offload.memory.plan import Plan
+from offload.memory.process import rss_bytes
+from offload.meter import Meter, RunLabels, Tally, run_stats
+from offload.model.experts import ExpertRuntime, ForwardPass
+from offload.model.families import needs_whole_prompts
+from offload.model.kv_cache import KVState
+from offload.model.prompt import PromptEncoder
+from offload.protocol import Message
+
+OnEvent = Callable[[LoadProgress | Notice], None]
+
+
+def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
+    """Open ``settings.model``: download or build, plan, pack, load. Progress and notices go to ``on_event``.
+
+    Raises RunLocalError with the remedy.
+    """
+    from offload.opening import open_model
+
+    try:
+        make_policy(settings.policy)
+    except PolicyError as error:
+        raise UsageError(f"--policy: {error}") from error
+    return Engine(**open_model(settings, on_event))
+
+
+def plan_model(settings: EngineSettings, on_event: OnEvent) -> Plan:
+    """The memory plan of ``settings.model``, from its config alone: no weights are read, packed or downloaded."""
+    from offload.opening import plan_only
+
+    return plan_only(settings, on_event)
+
+
+class Engine:
+    """One loaded model with one conversation's KV cache. Implements :class:`offload.protocol.ChatEngine`."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        encoder: PromptEncoder,
+        generation_config: GenerationConfig,
+        plan: Plan,
+        labels: RunLabels,
+        runtime: ExpertRuntime,
+        lane: DiskLane,
+        file: ExpertFile,
+        arena: Any,
+        recorder: TraceRecorder | None,
+        settings: EngineSettings,
+    ) -> None:
+        self._model = model
+        self._encoder = encoder
+        self._defaults = generation_config
+        self._plan = plan
+        self._labels = labels
+        self._runtime = runtime
+        self._lane = lane
+        self._file = file
+        self._arena = arena
+        self._recorder = recorder
+        self._settings = settings
+        whole_prompts = needs_whole_prompts(model.config.model_type)
+        self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
+        self._prefill_chunk = plan.sizes.context_tokens if whole_prompts else settings.prefill_chunk
+        self._session = Tally()
+        self._seed: int | None = None
+        self._requests = self._forwards = 0
+        self._closed = False
+        self._stop_ids = _stop_ids(generation_config, encoder.eos_id)
+        accepted = inspect.signature(model.forward).parameters
+        self._forward_options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    @property
+    def model_name(self) -> str:
+        return self._labels.model
+
+    @property
+    def context_tokens(self) -> int:
+        return self._plan.sizes.context_tokens
+
+    @property
+    def ram_budget_bytes(self) -> int:
+        return self._plan.budget
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
+    def format(self) -> str:
+        return self._labels.format
+
+    def generate(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> Iterator[Event]:
+        """See :meth:`offload.protocol.ChatEngine.generate`. The prompt is checked before this returns."""
+        ids = self._encoder.encode(prompt)
+        if len(ids) >= self.context_tokens:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens, but the context holds {self.context_tokens} with at least one new "
+                "token; shorten it or give a larger --ctx",
+                len(ids),
+                self.context_tokens,
+            )
+        sampler = Sampler(sampling, self._defaults)
+        self._seed = sampler.seed
+        self._runtime.cancelled.clear()
+        return self._generate(ids, sampler, sampling)
+
+    def cancel(self) -> None:
+        self._runtime.cancelled.set()
+
+    def stats(self) -> RunStats:
+        return run_stats(self._session, self._labels, self._plan, self._seed)
+
+    def rss_bytes(self) -> int:
+        return rss_bytes()
+
+    def close(self) -> None:
+        """Finish loads in flight, write the trace if one was asked for, give memory back. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._runtime.close()
+        self._lane.close()
+        self._file.close()
+        self._arena.close()
+        if self._recorder is not None and self._settings.trace_out is not None:
+            try:
+                self._recorder.save(self._settings.trace_out)
+            except OSError as error:
+                raise RunLocalError(
+                    f"--trace-out: {self._settings.trace_out} cannot be written ({error.strerror or error})"
+                ) from error
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _generate(self, ids: list[int], sampler: Sampler, sampling: SamplingSettings) -> Iterator[Event]:
+        """The stream of one answer. Always ends with Done, unless the consumer drops it."""
+        meter = Meter(self._runtime.cache, self._runtime)
+        tally = meter.tally
+        tally.prompt_tokens = len(ids)
+        detokenizer = Detokenizer(self._encoder.tokenizer, ids)
+        stops = StopStrings(sampling.stop)
+        tokens = list(ids)
+        shown: list[str] = []
+        reason: FinishReason = "length"
+        failure: str | None = None
+        limit = min(len(ids) + sampling.max_new_tokens, self.context_tokens)
+        self._requests += 1
+        try:
+            logits = yield from self._prefill(ids, tally)
+            while len(tokens) < limit:
+                if self._runtime.cancelled.is_set():
+                    raise Cancelled
+                token = sampler(tokens, logits)
+                tokens.append(token)
+                tally.new_tokens += 1
+                if tally.new_tokens == 1:
+                    meter.first_token()
+                ended = token in self._stop_ids
+                text = stops.add(detokenizer.flush() if ended else detokenizer.add(token))
+                shown.append(text)
+                yield Token(text, token)
+                if ended or stops.found:
+                    reason = "stop"
+                    break
+                if len(tokens) < limit:
+                    logits = self._decode(token, tally)
+        except Cancelled:
+            reason = "cancelled"
+        except RunLocalError as error:
+            reason, failure = "error", str(error)
+        finally:
+            self._session.add(meter.finish())
+        tail = "" if stops.found else stops.add(detokenizer.flush()) + stops.flush()
+        if tail:
+            shown.append(tail)
+            yield Token(tail, tokens[-1])
+        stats = run_stats(tally, self._labels, self._plan, self._seed)
+        yield Done(reason, "".join(shown), len(ids), tally.new_tokens, stats, failure)
+
+    def _prefill(self, ids: list[int], tally: Tally) -> Generator[Event, None, torch.Tensor]:
+        """Bring the KV cache up to ``ids``, telling of each chunk; returns the last position's logits [V]."""
+        reused = self._kv.keep_prefix(ids)
+        yield PrefillProgress(reused, len(ids), reused)
+        logits = torch.empty(0)
+        for start in range(reused, len(ids), self._prefill_chunk):
+            part = ids[start : start + self._prefill_chunk]
+            began = time.perf_counter()
+            logits = self._forward(part, decode=False)
+            tally.prefill_seconds += time.perf_counter() - began
+            tally.prefilled_tokens += len(part)
+            yield PrefillProgress(start + len(part), len(ids), reused)
+        return logits
+
+    def _decode(self, token: int, tally: Tally) -> torch.Tensor:
+        began = time.perf_counter()
+        logits = self._forward([token], decode=True)
+        tally.decode_seconds += time.perf_counter() - began
+        tally.decode_steps += 1
+        return logits
+
+    @torch.inference_mode()
+    def _forward(self, tokens: list[int], *, decode: bool) -> torch.Tensor:
+        """Run ``tokens`` on top of the KV cache; returns the last position's logits [V].
+
+        On any error the KV cache forgets what this pass added.
+        """
+        self._forwards += 1
+        self._runtime.current = ForwardPass(self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode)
+        try:
+            output = self._model(
+                input_ids=torch.tensor([tokens], device=self._model.device),
+                past_key_values=self._kv.cache,
+                use_cache=True,
+                **self._forward_options,
+            )
+        except BaseException:
+            self._kv.after_failure()
+            raise
+        self._kv.tokens += tokens
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+
+def _stop_ids(config: GenerationConfig, tokenizer_eos: int | None) -> frozenset[int]:
+    ids = config.eos_token_id
+    found = {ids} if isinstance(ids, int) else set(ids or ())
+    if not found and tokenizer_eos is not None:
+        found = {tokenizer_eos}
+    return frozenset(found)

@@ -1,0 +1,150 @@
+"""The one typed stream that every front end consumes, and the statistics in it. Standard library only.
+
+A generation yields :class:`PrefillProgress` (one or more), then :class:`Token` events, and always ends with exactly
+one :class:`Done`. Figures that were not measured are ``None``, never 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Progress of a slow step before the first token: download, pack, load.
+
+    ``done`` and ``total`` count ``unit``; ``total`` is 0 while it is not known.
+    """
+
+    stage: str
+    done: int
+    total: int
+    unit: Literal["bytes", "steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A line that the user should see once (a fallback, a default that was chosen). Never part of an answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """``done`` of ``total`` prompt tokens are in the KV cache; ``reused`` of them were there from the turn before."""
+
+    done: int
+    total: int
+    reused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One new token. ``text`` is what can be shown now: empty while a character or stop string is incomplete."""
+
+    text: str
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStats:
+    """Counts of expert accesses: one for each distinct expert of each event (step and layer)."""
+
+    accesses: int
+    hits: int
+    pending: int
+    misses: int
+    computed_on_cpu: int | None
+    hit_rate: float | None
+    decode_hit_rate: float | None
+    prefetched: int
+    prefetch_used: int
+
+
+@dataclass(frozen=True, slots=True)
+class ByteStats:
+    disk_read: int
+    host_to_device: int | None
+    per_decode_token: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SecondStats:
+    """Wall time of the generation: ``compute`` is everything but the stalls."""
+
+    compute: float
+    stall_disk: float
+    stall_link: float | None
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    rss_peak_bytes: int
+    ram_budget_bytes: int
+    vram_peak_bytes: int | None
+    vram_budget_bytes: int | None
+    expert_slots: int
+    residency: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunStats:
+    """Statistics of one generation or of a whole session. Field names are those of ``--stats-json``.
+
+    ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
+    first token.
+    """
+
+    model: str
+    device: str
+    format: str
+    policy: str
+    prefetch: str
+    seed: int | None
+    prompt_tokens: int
+    new_tokens: int
+    start_s: float | None
+    ttft_s: float | None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    experts: ExpertStats
+    bytes: ByteStats
+    seconds: SecondStats
+    memory: MemoryStats
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``--stats-json`` writes."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a generation. ``text`` is the whole answer without stop strings; ``error`` is set with "error"."""
+
+    reason: FinishReason
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    stats: RunStats
+    error: str | None = None
+
+
+Event = PrefillProgress | Token | Done
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProgress:
+    """Where a batch stands. ``rows_done`` of ``rows_total`` (None: not known) have their output row, rows of an
+    earlier run included; ``row_tokens`` are those of the row now running. The rates are those of the session."""
+
+    rows_done: int
+    rows_total: int | None
+    errors: int
+    new_tokens: int
+    row_tokens: int
+    tokens_per_s: float | None
+    hit_rate: float | None

@@ -1,0 +1,1 @@
+"""From logits to text: sampling, detokenisation, stop strings, and batches of prompts."""

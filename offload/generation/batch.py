@@ -1,0 +1,267 @@
+"""A batch of prompts: one JSON row in, one JSON row out, written as soon as it is done. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
+
+from offload.config import SamplingSettings
+from offload.errors import ContextError, RunLocalError, UsageError
+from offload.events import BatchProgress, Done, FinishReason, Token
+from offload.protocol import ChatEngine, Message
+
+RowId = str | int
+_ROLES = ("system", "user", "assistant")
+_FIELDS = frozenset(("id", "prompt", "messages", *SamplingSettings.field_names()))
+
+
+@dataclass(frozen=True, slots=True)
+class InputRow:
+    """One row as it will run. With ``error`` it cannot run and the other fields say nothing but ``id``."""
+
+    id: RowId
+    prompt: str | tuple[Message, ...] = ""
+    sampling: SamplingSettings | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells ids apart: 1 and "1" are two."""
+        return id_key(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRow:
+    """One line of the output. Token counts are None where nothing ran; ``error`` is None if all went well."""
+
+    id: RowId
+    text: str | None
+    finish_reason: FinishReason
+    prompt_tokens: int | None
+    new_tokens: int | None
+    error: str | None
+
+    def to_line(self) -> bytes:
+        """UTF-8 JSON that ends in a line feed."""
+        return (json.dumps(asdict(self), ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSummary:
+    """What a run did: rows skipped (done before), rows written and how many of those hold an error."""
+
+    skipped: int
+    written: int
+    errors: int
+    new_tokens: int
+    interrupted: bool
+
+    def describe(self) -> str:
+        """One line for people."""
+        before = f"; {self.skipped} rows were done before" if self.skipped else ""
+        errors = f", {self.errors} of them with an error" if self.errors else ""
+        return f"{self.written} rows written{errors}, {self.new_tokens} new tokens{before}"
+
+
+class RowSink(Protocol):
+    """Where output rows go."""
+
+    def write(self, line: bytes) -> None:
+        """Write one row whole or not at all. Raises RunLocalError if it cannot be written."""
+        ...
+
+
+def id_key(row_id: RowId) -> str:
+    return json.dumps(row_id)
+
+
+def row_seed(base_seed: int, row_id: RowId) -> int:
+    """The seed of a row: it depends on ``--seed`` and the row's id, never on the rows before it."""
+    digest = hashlib.sha256(f"{base_seed}:{id_key(row_id)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def parse_row(line: bytes, number: int, sampling: SamplingSettings, base_seed: int) -> InputRow:
+    """The row in ``line``, the ``number``-th of its file (from 1). A bad one comes back with ``error`` set.
+
+    A row without an id is called ``line-N``.
+    """
+    row_id: RowId = f"line-{number}"
+    try:
+        row = _load_object(line)
+        row_id = _row_id(row, row_id)
+        unknown = sorted(set(row) - _FIELDS)
+        if unknown:
+            names = ", ".join(ascii(name) for name in unknown)
+            raise UsageError(f"unknown fields: {names}; known are {', '.join(sorted(_FIELDS))}")
+        overrides = {name: row[name] for name in SamplingSettings.field_names() if name in row}
+        prompt = _prompt(row)
+        sampling = replace(sampling, seed=row_seed(base_seed, row_id)).overridden(overrides)
+        if not all(_encodable(stop) for stop in sampling.stop):
+            raise UsageError("stop: holds half of a surrogate pair, which is no character")
+    except UsageError as error:
+        # sampling errors name the flag; in a row it is a field
+        return InputRow(row_id, error=re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error)))
+    return InputRow(row_id, prompt, sampling)
+
+
+def run_batch(
+    engine: ChatEngine,
+    lines: Iterable[bytes],
+    sink: RowSink,
+    sampling: SamplingSettings,
+    base_seed: int,
+    *,
+    done_before: Counter[str] | None = None,
+    rows_total: int | None = None,
+    on_progress: Callable[[BatchProgress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> BatchSummary:
+    """Run the rows of ``lines`` one after the other, in order; blank lines are skipped.
+
+    ``done_before`` counts the output rows of an earlier run by :attr:`InputRow.key`; as many rows of that id are
+    skipped. ``should_stop`` is asked before each row and at each event: a row that was stopped is not written.
+
+    Raises RunLocalError if an output row cannot be written.
+    """
+    left = Counter(done_before or {})
+    seen: set[str] = set()
+    skipped = written = errors = new_tokens = 0
+    stats = engine.stats()
+
+    def progress(row_tokens: int) -> BatchProgress:
+        return BatchProgress(
+            skipped + written,
+            rows_total,
+            errors,
+            new_tokens,
+            row_tokens,
+            stats.decode_tokens_per_s,
+            stats.experts.hit_rate,
+        )
+
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = parse_row(line, number, sampling, base_seed)
+        repeated = row.key in seen
+        seen.add(row.key)
+        if left[row.key] > 0:
+            left[row.key] -= 1
+            skipped += 1
+            continue
+        if should_stop():
+            return BatchSummary(skipped, written, errors, new_tokens, interrupted=True)
+        if repeated and row.error is None:
+            row = InputRow(row.id, error="an earlier row has the same id")
+        on_progress(progress(0))
+
+        def on_token(tokens: int) -> None:
+            on_progress(progress(tokens))
+            if should_stop():
+                engine.cancel()
+
+        result = _run_row(engine, row, on_token)
+        if result is None:
+            return BatchSummary(skipped, written, errors, new_tokens, interrupted=True)
+        sink.write(result.to_line())
+        written += 1
+        errors += result.error is not None
+        new_tokens += result.new_tokens or 0
+        stats = engine.stats()
+        on_progress(progress(0))
+    return BatchSummary(skipped, written, errors, new_tokens, interrupted=False)
+
+
+def _run_row(engine: ChatEngine, row: InputRow, on_token: Callable[[int], None]) -> OutputRow | None:
+    """The output of one row; None if it was cancelled."""
+    if row.error is not None or row.sampling is None:
+        return OutputRow(row.id, None, "error", None, None, row.error)
+    tokens = 0
+    try:
+        for event in engine.generate(row.prompt, row.sampling):
+            if isinstance(event, Done):
+                if event.reason == "cancelled":
+                    return None
+                error = event.error or "the generation failed" if event.reason == "error" else None
+                return OutputRow(row.id, event.text, event.reason, event.prompt_tokens, event.new_tokens, error)
+            tokens += isinstance(event, Token)
+            on_token(tokens)
+    except ContextError as problem:
+        return OutputRow(row.id, None, "error", problem.prompt_tokens, None, str(problem))
+    except RunLocalError as problem:
+        return OutputRow(row.id, None, "error", None, None, str(problem))
+    raise RuntimeError("the engine ended an answer without a Done event")
+
+
+def _load_object(line: bytes) -> dict[str, object]:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"not valid UTF-8 at byte {error.start} of the line") from None
+    try:
+        row = json.loads(text.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise UsageError(f"not valid JSON: {type(error).__name__}") from None
+    if not isinstance(row, dict):
+        raise UsageError("the row is no JSON object")
+    return row
+
+
+def _row_id(row: dict[str, object], otherwise: RowId) -> RowId:
+    row_id = row.get("id")
+    if row_id is None:
+        return otherwise
+    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
+        raise UsageError("id: must be a string or a whole number")
+    if isinstance(row_id, str) and not _encodable(row_id):
+        raise UsageError("id: holds half of a surrogate pair, which is no character")
+    return row_id
+
+
+def _prompt(row: dict[str, object]) -> str | tuple[Message, ...]:
+    if ("prompt" in row) == ("messages" in row):
+        raise UsageError("the row must have exactly one of 'prompt' and 'messages'")
+    if "prompt" in row:
+        return _checked_text(row["prompt"], "prompt")
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UsageError("messages: must be a list of at least one message")
+    checked = tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    if checked[-1]["role"] != "user":
+        raise UsageError("messages: the last one must have the role 'user'")
+    return checked
+
+
+def _message(message: object, where: str) -> Message:
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise UsageError(f"{where}: must be an object with 'role' and 'content' alone")
+    if message["role"] not in _ROLES:
+        raise UsageError(f"{where}: the role must be one of {', '.join(_ROLES)}")
+    may_be_empty = message["role"] == "assistant"
+    return {"role": message["role"], "content": _checked_text(message["content"], f"{where}.content", may_be_empty)}
+
+
+def _checked_text(text: object, where: str, may_be_empty: bool = False) -> str:
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: must be a string")
+    if not may_be_empty and not text.strip():
+        raise UsageError(f"{where}: is empty")
+    if not _encodable(text):
+        raise UsageError(f"{where}: holds half of a surrogate pair, which is no character")
+    return text
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

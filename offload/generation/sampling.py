@@ -1,0 +1,63 @@
+"""Chooses the next token with transformers' own logits processors."""
+
+from __future__ import annotations
+
+import secrets
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from offload.config import SamplingSettings
+
+
+class Sampler:
+    """Holds the processors and the random state of one answer.
+
+    Settings that are None follow the checkpoint's generation_config. Without ``do_sample`` there and without a
+    sampling flag the choice is greedy; a flag such as ``--top-p`` asks for sampling.
+    """
+
+    def __init__(self, settings: SamplingSettings, defaults: GenerationConfig) -> None:
+        def value(name: str, neutral: float) -> float:
+            chosen = getattr(settings, name)
+            if chosen is None:
+                chosen = getattr(defaults, name, None)
+            return neutral if chosen is None else chosen
+
+        sampled = bool(defaults.do_sample) or any(
+            getattr(settings, name) is not None for name in ("temperature", "top_k", "top_p", "min_p")
+        )
+        temperature = value("temperature", 1.0)
+        self.greedy = not sampled or temperature == 0
+        self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
+        self._random = torch.Generator().manual_seed(self.seed)
+        self._processors = LogitsProcessorList()
+        if (penalty := value("repetition_penalty", 1.0)) != 1.0:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
+        if self.greedy:
+            return
+        # the order of transformers' generate()
+        if temperature != 1.0:
+            self._processors.append(TemperatureLogitsWarper(float(temperature)))
+        if (top_k := int(value("top_k", 0))) > 0:
+            self._processors.append(TopKLogitsWarper(top_k))
+        if (top_p := value("top_p", 1.0)) < 1.0:
+            self._processors.append(TopPLogitsWarper(float(top_p)))
+        if (min_p := value("min_p", 0.0)) > 0.0:
+            self._processors.append(MinPLogitsWarper(float(min_p)))
+
+    def __call__(self, tokens: list[int], logits: torch.Tensor) -> int:
+        """The next token after ``tokens``, given the last position's ``logits`` [V]. Advances the random state."""
+        scores = logits.to("cpu", torch.float32, copy=True)[None]
+        scores = self._processors(torch.tensor([tokens]), scores)
+        if self.greedy:
+            return int(scores.argmax(-1))
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))

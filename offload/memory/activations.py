@@ -1,0 +1,49 @@
+"""An upper estimate of what one forward pass needs beside weights and KV cache."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+_FLOAT32 = 4
+_KERNEL_BYTES = 64 * 2**20
+"""Compiled kernels and their scratch memory, which oneDNN and the thread pool make at the first prefill (measured:
+45 to 75 MiB on 2 cores, whatever the model)."""
+
+
+def activation_bytes(config: PretrainedConfig, itemsize: int, context: int, chunk: int, eager_attention: bool) -> int:
+    """Peak bytes of a forward pass of ``min(chunk, context)`` tokens against a full context.
+
+    ``itemsize`` is that of the model's dtype. Counts the larger of attention and MoE block, since they do not run at
+    the same time, plus what lives through both and the logits of one position.
+    """
+    text = config.get_text_config()
+    tokens = min(chunk, context)
+    hidden = text.hidden_size
+    heads = _first(text, "num_attention_heads", default=1)
+    width = _first(text, "head_dim", "v_head_dim", default=hidden // heads)
+    inner = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", default=4 * hidden)
+    dense = max(_first(text, "intermediate_size", default=inner), _first(text, "shared_expert_intermediate_size"))
+    top_k = _first(text, "num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", default=2)
+
+    stream = tokens * hidden * (3 * itemsize + 2 * _FLOAT32)  # residual, normed and their float32 copies
+    attention = tokens * heads * width * 6 * itemsize  # q, k, v before and after rotation, output
+    attention += 2 * context * heads * width * itemsize  # keys and values repeated for every query head
+    attention += tokens * context * itemsize  # the mask
+    if eager_attention:
+        attention += heads * tokens * context * (itemsize + 2 * _FLOAT32)  # the scores
+    experts = tokens * top_k * hidden * itemsize  # products waiting to be summed
+    experts += tokens * (3 * inner + 2 * hidden) * itemsize  # one expert that all tokens chose
+    block = max(attention, experts + tokens * hidden * itemsize, tokens * 4 * dense * itemsize)
+    logits = text.vocab_size * (itemsize + 4 * _FLOAT32)  # one position, through the samplers
+    return stream + block + logits + _KERNEL_BYTES
+
+
+def _first(config: object, *names: str, default: int = 0) -> int:
+    """The first of these attributes that is a number; families differ in their names, some have one per layer."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, list | tuple) and value:
+            value = max(v for v in value if isinstance(v, int))
+        if isinstance(value, int):
+            return value
+    return default

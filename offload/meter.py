@@ -1,0 +1,144 @@
+"""Measures generations: from raw counters and clocks to :class:`offload.events.RunStats`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, fields
+
+import psutil
+
+from cache.expert_cache import ExpertCache
+from offload.events import ByteStats, ExpertStats, MemoryStats, RunStats, SecondStats
+from offload.memory.plan import Plan
+from offload.memory.process import rss_peak_bytes
+from offload.model.experts import ExpertRuntime
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over one generation or a session. Seconds are wall time; ``decode_steps`` are forward passes."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefilled_tokens: int = 0
+    decode_steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    total_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    prefill_bytes: int = 0
+    decode_bytes: int = 0
+    hits: int = 0
+    pending: int = 0
+    misses: int = 0
+    decode_hits: int = 0
+    decode_accesses: int = 0
+    first_token_seconds: list[float] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+
+class Meter:
+    """One generation's clocks; reads the runtime's counters at its start and end."""
+
+    def __init__(self, cache: ExpertCache, runtime: ExpertRuntime) -> None:
+        self.tally = Tally()
+        self._cache = cache
+        self._runtime = runtime
+        self._started = time.perf_counter()
+        self._before = self._counters()
+
+    def first_token(self) -> None:
+        self.tally.first_token_seconds = [time.perf_counter() - self._started]
+
+    def finish(self) -> Tally:
+        """Close the books; call once."""
+        for name, value in self._counters().items():
+            setattr(self.tally, name, value - self._before[name])
+        self.tally.total_seconds = time.perf_counter() - self._started
+        return self.tally
+
+    def _counters(self) -> dict[str, float]:
+        prefill, decode = self._cache.counters.prefill, self._cache.counters.decode
+        transfers = self._runtime.transfers
+        return {
+            "hits": prefill.hits + decode.hits,
+            "pending": prefill.pending + decode.pending,
+            "misses": prefill.misses + decode.misses,
+            "decode_hits": decode.hits,
+            "decode_accesses": decode.accesses,
+            "stall_seconds": transfers.stall_seconds,
+            "prefill_bytes": transfers.prefill_bytes,
+            "decode_bytes": transfers.decode_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RunLabels:
+    """What stays the same over a session."""
+
+    model: str
+    device: str
+    format: str
+    policy: str
+    start_s: float | None
+
+
+def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> RunStats:
+    """Statistics from sums; whatever did not happen is None. ``ttft_s`` is the mean over generations."""
+    accesses = tally.hits + tally.pending + tally.misses
+    return RunStats(
+        model=labels.model,
+        device=labels.device,
+        format=labels.format,
+        policy=labels.policy,
+        prefetch="off",
+        seed=seed,
+        prompt_tokens=tally.prompt_tokens,
+        new_tokens=tally.new_tokens,
+        start_s=labels.start_s,
+        ttft_s=_ratio(sum(tally.first_token_seconds), len(tally.first_token_seconds)),
+        prefill_tokens_per_s=_ratio(tally.prefilled_tokens, tally.prefill_seconds),
+        decode_tokens_per_s=_ratio(tally.decode_steps, tally.decode_seconds),
+        experts=ExpertStats(
+            accesses=accesses,
+            hits=tally.hits,
+            pending=tally.pending,
+            misses=tally.misses,
+            computed_on_cpu=None,  # on the CPU device nothing is computed elsewhere than usual
+            hit_rate=_ratio(tally.hits, accesses),
+            decode_hit_rate=_ratio(tally.decode_hits, tally.decode_accesses),
+            prefetched=0,
+            prefetch_used=0,
+        ),
+        bytes=ByteStats(
+            disk_read=tally.prefill_bytes + tally.decode_bytes,
+            host_to_device=None,
+            per_decode_token=_ratio(tally.decode_bytes, tally.decode_steps),
+        ),
+        seconds=SecondStats(
+            compute=tally.total_seconds - tally.stall_seconds,
+            stall_disk=tally.stall_seconds,
+            stall_link=None,
+            total=tally.total_seconds,
+        ),
+        memory=MemoryStats(
+            rss_peak_bytes=rss_peak_bytes(),
+            ram_budget_bytes=plan.budget,
+            vram_peak_bytes=None,
+            vram_budget_bytes=None,
+            expert_slots=plan.slots,
+            residency=plan.residency,
+        ),
+    )
+
+
+def seconds_since_process_start() -> float:
+    """Wall time since this process was started."""
+    return max(0.0, time.time() - psutil.Process().create_time())
+
+
+def _ratio(top: float, bottom: float) -> float | None:
+    return top / bottom if bottom else None

@@ -1,0 +1,1 @@
+"""The skeleton from transformers, and the function that runs its routed experts."""

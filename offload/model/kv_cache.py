@@ -1,0 +1,142 @@
+"""The KV cache: transformers' own, with preallocated full-attention layers.
+
+Stock ``DynamicLayer`` grows by ``torch.cat``: each step copies the whole layer and holds it twice for a moment. Here a
+full-attention layer is allocated once for the context and handed out as a view. Its pages are backed as they are
+written. Sliding-window and recurrent layers are bounded and stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values [1, heads, tokens, head_dim], views into buffers of ``capacity`` tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._buffers = tuple(
+            states.new_empty((*states.shape[:2], self.capacity, states.shape[3]))
+            for states in (key_states, value_states)
+        )
+        self.keys, self.values = (buffer[:, :, :0] for buffer in self._buffers)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[-2]  # :meth:`crop` of the base class shortens the views
+        end = start + key_states.shape[-2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit a KV cache of {self.capacity}")
+        keys, values = self._buffers
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+
+def new_kv_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
+    """An empty cache for ``capacity`` tokens of one sequence."""
+    cache = DynamicCache(config=config)
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class KVState:
+    """The KV cache of one conversation, and the tokens that are in it."""
+
+    def __init__(self, config: PretrainedConfig, capacity: int, *, whole_prompts: bool = False) -> None:
+        """``whole_prompts``: the family cannot go on from a filled cache with several tokens at once."""
+        self._config = config
+        self._capacity = capacity
+        self._whole_prompts = whole_prompts
+        self.reset()
+
+    def reset(self) -> None:
+        self.tokens: list[int] = []
+        self.cache = new_kv_cache(self._config, self._capacity)
+
+    def keep_prefix(self, prompt: list[int]) -> int:
+        """Keep what the cache has in common with ``prompt``, drop the rest; returns the number of tokens kept.
+
+        At least the last prompt token is left to compute, since its logits are wanted. Caches that cannot forget
+        their last tokens (recurrent layers, a sliding window that has moved on) start anew unless all of it is kept.
+        """
+        if self._whole_prompts:
+            self.reset()
+        common = 0
+        for ours, theirs in zip(self.tokens, prompt[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        self.truncate(common)
+        return len(self.tokens)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from ``length`` on, also after a forward pass that stopped half-way through the layers."""
+        try:
+            for layer in self.cache.layers:
+                extra = layer.get_seq_length() - length if hasattr(layer, "get_seq_length") else 0
+                if extra > 0:
+                    if not layer.is_croppable:
+                        raise RuntimeError("this layer cannot forget")
+                    layer.crop(-extra)
+                elif not _is_attention(layer) and length != len(self.tokens):
+                    raise RuntimeError("a recurrent state cannot forget")
+        except RuntimeError:
+            self.reset()
+        else:
+            del self.tokens[length:]
+
+    def after_failure(self) -> None:
+        """Make the cache match :attr:`tokens` again after a forward pass that did not finish."""
+        if all(_is_attention(layer) for layer in self.cache.layers):
+            self.truncate(len(self.tokens))
+        else:
+            self.reset()  # some recurrent states may have moved on, and they do not tell
+
+
+def _is_attention(layer: Any) -> bool:
+    return isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states")
+
+
+@torch.inference_mode()
+def kv_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the KV cache at ``tokens`` tokens, by running ``model``, which is on the meta device, for its shapes.
+
+    Falls back to keys and values of every layer at full width where a model cannot run on the meta device.
+    """
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=model.config)
+    try:
+        model(
+            input_ids=torch.zeros((1, tokens), dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True
+        )
+        size = sum(_tensor_bytes(layer.__dict__.values()) for layer in cache.layers)
+    except Exception:  # data-dependent code has many ways to fail on the meta device
+        size = 0
+    if size:
+        return size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
+
+
+def _tensor_bytes(values: Any) -> int:
+    size = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            size += value.numel() * value.element_size()
+        elif isinstance(value, dict | list | tuple):
+            size += _tensor_bytes(value.values() if isinstance(value, dict) else value)
+    return size

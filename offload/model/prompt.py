@@ -1,0 +1,57 @@
+"""Tokenizer and chat template: from a prompt or a conversation to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from offload.errors import ModelError, UsageError
+from offload.protocol import Message
+
+
+class PromptEncoder:
+    def __init__(self, folder: Path) -> None:
+        """Load the checkpoint's own tokenizer. Raises ModelError if there is none that can be used."""
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason[:300]}") from error
+
+    @property
+    def eos_id(self) -> int | None:
+        eos: int | None = self.tokenizer.eos_token_id
+        return eos
+
+    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a raw prompt (with the tokenizer's own special tokens) or of a conversation.
+
+        Raises UsageError if there is nothing to encode or the template does not take the conversation.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise UsageError("the prompt is empty")
+            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        else:
+            ids = self._encode_messages(prompt)
+        if not ids:
+            raise UsageError("the prompt is empty")
+        return ids
+
+    def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        if not any(message["content"].strip() for message in messages if message["role"] == "user"):
+            raise UsageError("the prompt is empty")
+        if not self.tokenizer.chat_template:
+            raise UsageError(
+                "this model has no chat template: it continues text and does not chat; "
+                'use batch with "prompt" rows, or an instruction-tuned variant of the model'
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates raise jinja errors of their own making
+            raise UsageError(f"the chat template does not take this conversation: {error}") from error
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

@@ -1,0 +1,310 @@
+"""The only file that touches transformers' private API. Written for transformers 5.23; see docs/dependencies.md.
+
+Everything that is not documented upstream and may move between minor versions is called from here: construction on
+the meta device, the weight conversion mapping, the loader's inner functions, and the experts interface.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import logging as transformers_logging
+from transformers.utils.generic import ContextManagers
+
+from offload.errors import ModelError
+
+EXPERTS_IMPLEMENTATION = "run_local"
+_ALIGNMENT = 64
+ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """One experts module of the skeleton, after its weights were taken away.
+
+    ``tensors`` gives the shape of one expert's part of each parameter, and its dtype.
+    """
+
+    path: str
+    layer: int
+    num_experts: int
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    module: torch.nn.Module
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """The checkpoint tensors that make up one parameter of one experts module.
+
+    ``keys`` maps each source pattern of ``converter`` to checkpoint tensor names in order: one for each expert, or
+    a single fused one whose first dimension is the expert. Without a converter there is one pattern and one key.
+    """
+
+    converter: WeightConverter | None
+    keys: Mapping[str, tuple[str, ...]]
+
+
+def quiet() -> None:
+    """Keep the library's progress bars and reports off the user's screen; errors still raise."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def register_experts_function(function: ExpertsFunction) -> None:
+    """Offer ``function`` to every skeleton built here. Registering again replaces it (it holds no state)."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, function)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The checkpoint's config. Raises ModelError if it cannot be read or needs code from the checkpoint."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder / 'config.json'}: the config cannot be used: {reason[:300]}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        method = config.quantization_config
+        method = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
+        raise ModelError(
+            f"{folder}: the checkpoint is quantised ({method}), which is not supported yet; "
+            "use an unquantised (bf16, fp16 or fp32) checkpoint of this model"
+        )
+    return config
+
+
+def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model on the meta device: shapes and dtypes, no memory.
+
+    Raises ModelError if transformers has no text generation class for the config, or its experts are not behind the
+    experts interface.
+    """
+    cls: Any = None
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        cls = cls or mapping.get(type(config), None)
+    if cls is None:
+        raise ModelError(f"transformers has no text generation model for model_type '{config.model_type}'")
+    # a text model of a multimodal checkpoint takes the text part of its config, as in AutoModel.from_pretrained
+    if config.sub_configs.get("text_config") is not None and cls.config_class is config.sub_configs["text_config"]:
+        config = config.get_text_config()
+    try:
+        with ContextManagers(cls.get_init_context(dtype, False, False, None)):
+            model = cls(config)
+    except Exception as error:
+        raise ModelError(f"config.json describes no {config.model_type} model: {error}") from error
+    if not find_experts(model):
+        raise ModelError(
+            f"model_type '{config.model_type}' has no routed experts behind transformers' experts interface; "
+            "only Mixture-of-Experts models of supported families can be run"
+        )
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    return model
+
+
+def default_dtype(config: PretrainedConfig, folder: Path) -> torch.dtype:
+    """The dtype that ``dtype="auto"`` picks in transformers: the config's, or that of the first floating tensor."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    for file in sorted(folder.glob("*.safetensors")):
+        with open_safetensors(file) as handle:
+            for key in handle.keys():  # noqa: SIM118 - the handle is no dict
+                found: torch.dtype = handle.get_slice(key)[:0].dtype
+                if found.is_floating_point:
+                    return found
+    return torch.float32
+
+
+def open_safetensors(file: Path) -> Any:
+    """A safetensors file read with pread: nothing of it stays mapped. Raises ModelError if it is damaged."""
+    try:
+        return safe_open(file, framework="pt", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: the file is damaged or incomplete ({error}); download it again") from error
+
+
+def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
+    """The experts modules of a meta model that still owns its expert parameters; changes nothing.
+
+    An expert parameter is one that the experts module owns itself and whose first dimension counts the experts.
+    Raises ModelError if two of them share a layer number.
+    """
+    found = []
+    for path, module in model.named_modules():
+        if not (hasattr(module, "is_concatenated") and hasattr(module, "has_post_expert_norm")):
+            continue
+        count = int(module.num_experts)  # type: ignore[arg-type]
+        tensors = {
+            name: (tuple(parameter.shape[1:]), parameter.dtype)
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.shape[:1] == (count,)
+        }
+        found.append(ExpertsModule(path, _layer_number(path), count, tensors, module))
+    if len({module.layer for module in found}) < len(found):
+        raise ModelError("this model has several experts modules in one layer, which is not supported")
+    return found
+
+
+def take_experts(model: PreTrainedModel, experts: Iterable[ExpertsModule]) -> None:
+    """Remove the parameters of ``experts`` from a meta model, so that they are never read. Changes ``model``.
+
+    Afterwards the model refuses ``save_pretrained``: it would write a checkpoint without experts.
+    """
+    for found in experts:
+        for name in found.tensors:
+            del found.module._parameters[name]
+        found.module._is_hf_initialized = True  # type: ignore[assignment]  # else the loader initialises what is gone
+    model.save_pretrained = _refuse_save  # type: ignore[method-assign]
+
+
+def load_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    keys: Mapping[str, Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    on_tensor: Callable[[int], None],
+) -> None:
+    """Load the checkpoint tensors ``keys`` (name -> file) into a meta model, through transformers' own conversion.
+
+    Changes ``model`` in place: weights on ``device`` in the checkpoint's dtype, tied weights tied, buffers built.
+    ``on_tensor`` is called with the bytes of each tensor as it is read. Raises ModelError if a weight is missing
+    or has another shape than the config says.
+    """
+    with contextlib.ExitStack() as stack:
+        handles = {file: stack.enter_context(open_safetensors(file)) for file in set(keys.values())}
+        state = {key: _CountedSlice(handles[file].get_slice(key), on_tensor) for key, file in keys.items()}
+        config = LoadStateDictConfig(
+            pretrained_model_name_or_path=str(folder),
+            device_map={"": device},
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+        )
+        try:
+            info, _ = type(model)._load_pretrained_model(model, state, None, config)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder}: a weight cannot be read ({error})") from error
+    with contextlib.suppress(RuntimeError):  # raised with a table of what is wrong; its first line is said below
+        info = type(model)._finalize_model_loading(model, config, info)
+    for problem, names in (
+        ("has another shape than config.json says", [item[0] for item in info.mismatched_keys]),
+        ("could not be converted", list(info.conversion_errors or {})),
+        ("is missing", list(info.missing_keys)),
+    ):
+        if names:
+            first, *rest = sorted(names)
+            more = f" (and {len(rest)} more)" if rest else ""
+            raise ModelError(f"{folder}: weight {first}{more} {problem}; the checkpoint does not fit its config.json")
+
+
+def sort_checkpoint(
+    model: PreTrainedModel, experts: Iterable[ExpertsModule], keys: Iterable[str]
+) -> tuple[dict[tuple[str, str], TensorSource], list[str]]:
+    """Sort checkpoint tensor names into expert tensors and the rest, by transformers' own conversion mapping.
+
+    ``model`` must still own its expert parameters (call before :func:`take_experts`). Returns
+    ``{(experts module path, parameter): source}`` and the names of all other tensors.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    meta = model.state_dict()
+    wanted = {(module.path, name) for module in experts for name in module.tensors}
+    converter_of: dict[tuple[str, str], WeightConverter | None] = {}
+    sources: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    rest = []
+    for key in sorted(keys, key=dot_natural_key):
+        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        if renamed not in meta and key in meta:
+            renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, meta)
+        path, _, name = renamed.rpartition(".")
+        if renamed in meta and (path, name) in wanted:
+            sources[path, name][pattern or key].append(key)
+            converter_of[path, name] = by_pattern[pattern] if pattern else None
+        elif renamed in meta or pattern is not None:
+            rest.append(key)
+    lost = wanted - sources.keys()
+    if lost:
+        path, name = min(lost)
+        raise ModelError(f"the checkpoint has no weights for {path}.{name}; its files do not fit its config.json")
+    return {
+        target: TensorSource(converter_of[target], {pattern: tuple(names) for pattern, names in found.items()})
+        for target, found in sources.items()
+    }, rest
+
+
+def convert_expert(
+    model: PreTrainedModel, target: str, source: TensorSource, expert: int, read: Callable[[str, slice], torch.Tensor]
+) -> torch.Tensor:
+    """One expert's part of the parameter ``target``, as stock loading would place it there.
+
+    ``read(key, rows)`` returns those rows (along dimension 0) of a checkpoint tensor. The converter runs on a stack
+    of one expert, so never more than that expert is in memory.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    for pattern, keys in source.keys.items():
+        if "*" in pattern and source.converter is not None:
+            parts[pattern] = read(keys[expert], slice(None))
+        else:
+            parts[pattern] = read(keys[0], slice(expert, expert + 1))
+    if source.converter is None:
+        (tensor,) = parts.values()
+        return tensor[0]
+    converter = deepcopy(source.converter)
+    converter.collected_tensors.clear()
+    for pattern, tensor in parts.items():
+        converter.collected_tensors[pattern].append(cast(Any, partial(_identity, tensor)))
+    result = converter.convert(target, model=model, config=model.config)[target]
+    tensor = result[0] if isinstance(result, list) else result
+    return tensor[0]
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class _CountedSlice:
+    """A safetensors slice that reports its bytes when it is read; the loader asks for ``[...]`` once."""
+
+    def __init__(self, inner: Any, on_tensor: Callable[[int], None]) -> None:
+        self._inner = inner
+        self._on_tensor = on_tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self._inner[index]
+        self._on_tensor(tensor.numel() * tensor.element_size())
+        # kernels may round differently by address: weights always stand where torch's own allocator puts them
+        return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def _layer_number(path: str) -> int:
+    match = re.search(r"(?:^|\.)(\d+)\.", path)
+    if match is None:
+        raise ModelError(f"the experts module {path} names no layer")
+    return int(match.group(1))
+
+
+def _refuse_save(*args: Any, **kwargs: Any) -> None:
+    raise ModelError("a skeleton has no routed experts and cannot be saved; copy the original checkpoint instead")

@@ -1,0 +1,153 @@
+"""The steps between a model's name and a running engine."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from cache.expert_cache import ExpertCache
+from cache.policies import make_policy
+from cache.trace import TraceRecorder
+from offload.checkpoint.expert_file import ExpertFile
+from offload.checkpoint.formats import get_format
+from offload.checkpoint.hub import ResolvedModel
+from offload.checkpoint.library import OnEvent, ensure_pack
+from offload.checkpoint.resolve import resolve
+from offload.checkpoint.source import CheckpointSource, open_source
+from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
+from offload.demo import DEMO_NAME
+from offload.devices import get_device
+from offload.errors import ModelError, UsageError
+from offload.events import LoadProgress, Notice
+from offload.memory.activations import activation_bytes
+from offload.memory.lanes import DiskLane
+from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
+from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
+from offload.meter import RunLabels, seconds_since_process_start
+from offload.model.experts import ExpertRuntime
+from offload.model.families import needs_whole_prompts
+from offload.model.kv_cache import kv_cache_bytes
+from offload.model.prompt import PromptEncoder
+from offload.model.skeleton import load_skeleton, skeleton_bytes
+
+_FORMAT = "native"
+_DEMO_RESIDENCY = 0.5
+
+
+def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
+    """The plan, from config.json alone."""
+    bound_own_memory()
+    resolved = resolve(settings, on_event, weights=False)
+    with contextlib.suppress(ModelError):  # its memory counts, but a folder with a config alone can be planned too
+        PromptEncoder(resolved.folder)
+    return _plan(settings, resolved, open_source(resolved.folder, weights=False))
+
+
+def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
+    """Everything that :class:`offload.engine.Engine` is made of, as its keyword arguments."""
+    bound_own_memory()
+    if settings.model == DEMO_NAME:
+        on_event(
+            Notice(
+                "using the demo model: a small one (135M) that shows the cache at work and often errs; "
+                "name a real one with --model, for example --model Qwen/Qwen3-30B-A3B"
+            )
+        )
+    resolved = resolve(settings, on_event)
+    source = open_source(resolved.folder)
+    encoder = PromptEncoder(resolved.folder)
+    plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
+    if _demo_residency(settings):
+        on_event(
+            Notice(
+                f"the demo would fit any RAM: {plan.slots} of its {plan.sizes.num_experts} experts get a slot, so that "
+                "the cache has something to do (--residency 1 holds all)"
+            )
+        )
+    folder = ensure_pack(source, resolved.name, resolved.revision, _FORMAT, settings.experts_dir, on_event)
+    device = get_device(settings.device)
+    file = ExpertFile(folder)
+    if notice := file.fallback_notice():
+        on_event(Notice(notice))
+    if settings.verify:
+        file.verify(on_event)
+    modules = source.experts
+    model = load_skeleton(source, device.torch_device, on_event)
+    release_free_memory()
+    arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
+    arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
+    lane = DiskLane(file, settings.read_workers)
+    cache = ExpertCache(plan.slots, make_policy(settings.policy))
+    text = model.config.get_text_config()
+    recorder = None
+    if settings.trace_out is not None:
+        top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
+        recorder = TraceRecorder(
+            resolved.name, len(modules), max(module.num_experts for module in modules), int(top_k or 0)
+        )
+    runtime = ExpertRuntime(cache, arena, lane, file, get_format(_FORMAT), recorder)
+    runtime.attach(modules)
+    return {
+        "model": model,
+        "encoder": encoder,
+        "generation_config": _generation_config(resolved.folder, model),
+        "plan": plan,
+        "labels": RunLabels(resolved.name, device.name, _FORMAT, settings.policy, seconds_since_process_start()),
+        "runtime": runtime,
+        "lane": lane,
+        "file": file,
+        "arena": arena,
+        "recorder": recorder,
+        "settings": settings,
+    }
+
+
+def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointSource) -> Plan:
+    context = _context_tokens(settings, source)
+    weight_format = get_format(_FORMAT)
+    itemsize = source.dtype.itemsize
+    chunk = context if needs_whole_prompts(source.model.config.model_type) else settings.prefill_chunk
+    eager = source.model.config.get_text_config()._attn_implementation == "eager"
+    sizes = ModelSizes(
+        skeleton_bytes=skeleton_bytes(source.model, source.experts),
+        kv_bytes=kv_cache_bytes(source.model, context),
+        activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager),
+        slot_bytes=max(weight_format.layout(module.tensors).record_bytes for module in source.experts),
+        num_experts=sum(module.num_experts for module in source.experts),
+        context_tokens=context,
+    )
+    release_free_memory()
+    now = process_memory()
+    residency = _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency
+    return make_plan(
+        resolved.name,
+        get_device(settings.device).name,
+        sizes,
+        Baseline(now.anonymous, now.file),
+        available_memory(),
+        settings.ram,
+        residency,
+    )
+
+
+def _demo_residency(settings: EngineSettings) -> bool:
+    """Whether the demo's own default applies: nobody said how much memory to use."""
+    return settings.model == DEMO_NAME and settings.ram is None and settings.residency is None
+
+
+def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if settings.context_tokens is None:
+        return min(DEFAULT_CONTEXT_TOKENS, longest or DEFAULT_CONTEXT_TOKENS)
+    if longest and settings.context_tokens > longest:
+        raise UsageError(f"--ctx: this model was made for at most {longest} tokens, not {settings.context_tokens}")
+    return settings.context_tokens
+
+
+def _generation_config(folder: Path, model: Any) -> GenerationConfig:
+    if (folder / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(model.config)

@@ -1,0 +1,51 @@
+"""What a front end may ask of an engine. Standard library only, so that front ends never import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from offload.config import SamplingSettings
+from offload.events import Event, RunStats
+
+Message = dict[str, str]
+"""``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+
+class ChatEngine(Protocol):
+    """One loaded model with one conversation's KV cache. Not thread-safe, except :meth:`cancel`."""
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens that prompt and answer together may have."""
+        ...
+
+    @property
+    def ram_budget_bytes(self) -> int: ...
+
+    def generate(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> Iterator[Event]:
+        """Answer a raw prompt (a string, tokenised as it is) or a conversation (through the chat template).
+
+        Yields events and ends with one ``Done``. Errors while generating end the stream with reason "error".
+
+        Raises (before the first event): ``ContextError`` if the prompt does not fit, ``UsageError`` if it is empty
+        or the model has no chat template.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Stop the running generation soon (between tokens, or inside a long prefill). Safe from any thread."""
+        ...
+
+    def stats(self) -> RunStats:
+        """Totals since the engine was opened."""
+        ...
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the process now."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,102 @@
+"""Small packs for the tests of this folder, and ways to stop packing half-way and to look at it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from offload.checkpoint.expert_file import ExpertFile
+from offload.checkpoint.manifest import EXPERT_FILE_NAME, Manifest
+from offload.checkpoint.pack import pack, plan_manifest
+from offload.checkpoint.source import CheckpointSource, open_source
+from offload.events import LoadProgress, Notice
+from tests.tiny_models import build_tiny, tiny_config
+
+
+class Stopped(Exception):
+    """What :func:`stop_after` raises."""
+
+
+def ignore(event: LoadProgress | Notice) -> None:
+    pass
+
+
+def stop_after(size: int) -> Callable[[LoadProgress], None]:
+    """An ``on_event`` that breaks packing off once ``size`` bytes are written."""
+
+    def on_event(event: LoadProgress) -> None:
+        if event.done >= size:
+            raise Stopped
+
+    return on_event
+
+
+def tiny_source(model_type: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> CheckpointSource:
+    return open_source(build_tiny(model_type, folder, dtype=dtype, seed=seed, tokenizer=False))
+
+
+def big_checkpoint(folder: Path) -> Path:
+    """A mixtral checkpoint of about 13 MB: 4 layers of 8 experts, 0.4 MB each."""
+    config = tiny_config("mixtral")
+    config.hidden_size, config.intermediate_size = 128, 256
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="3MB")
+    return folder
+
+
+def planned(source: CheckpointSource) -> Manifest:
+    return plan_manifest(source, "tiny", None, "native")
+
+
+def write_pack(
+    source: CheckpointSource, folder: Path, on_event: Callable[[LoadProgress], None] = ignore
+) -> tuple[Manifest, bytes]:
+    """Pack ``source``; returns the manifest and the expert file's content."""
+    return pack(source, planned(source), folder, on_event), (folder / EXPERT_FILE_NAME).read_bytes()
+
+
+def aligned_buffer(size: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, size))
+
+
+def partial_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def watch_reads(source: CheckpointSource, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Collects (layer, expert) of every expert that is read from now on."""
+    seen: list[tuple[int, int]] = []
+    read = source.read_expert
+
+    def watched(module: Any, expert: int) -> dict[str, torch.Tensor]:
+        seen.append((module.layer, expert))
+        return read(module, expert)
+
+    monkeypatch.setattr(source, "read_expert", watched)
+    return seen
+
+
+def stopped_pack(checkpoint: Path, folder: Path, layers: float) -> CheckpointSource:
+    """A pack that was broken off after ``layers`` layers."""
+    source = open_source(checkpoint)
+    layer_bytes = planned(source).layers[1].offset
+    with pytest.raises(Stopped):
+        write_pack(source, folder, stop_after(int(layers * layer_bytes) + 1))
+    return source
+
+
+def resumed_layers(source: CheckpointSource, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Go on, check the result against a pack made in one go, and return the layers that were read."""
+    with monkeypatch.context() as patch:
+        reads = watch_reads(source, patch)
+        manifest, data = write_pack(source, folder)
+    assert (manifest, data) == write_pack(open_source(source.folder), folder.with_name("in one go"))
+    with ExpertFile(folder) as file:
+        file.verify(lambda event: None)
+    return sorted({layer for layer, _ in reads})

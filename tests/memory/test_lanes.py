@@ -1,0 +1,149 @@
+"""The disk lane: tickets tell of the load and carry its error, and nothing writes to a slot once they are settled."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import pytest
+
+from cache.keys import ExpertKey
+from offload.checkpoint.expert_file import ExpertFile
+from offload.errors import ExpertFileError
+from offload.memory.lanes import DiskLane
+
+RECORD = 4096
+
+
+class FakeFile:
+    """Reads wait until the gate of their key is opened; expert 13 is unreadable."""
+
+    def __init__(self) -> None:
+        self.gates: dict[ExpertKey, threading.Event] = {}
+        self.started: list[ExpertKey] = []
+        self.running = threading.Semaphore(0)
+
+    def gate(self, key: ExpertKey) -> threading.Event:
+        return self.gates.setdefault(key, threading.Event())
+
+    def read_into(self, key: ExpertKey, buffer: memoryview) -> int:
+        self.started.append(key)
+        self.running.release()
+        assert self.gate(key).wait(30)
+        if key.expert == 13:
+            raise ExpertFileError(f"layer {key.layer}, expert 13 cannot be read")
+        buffer[:] = bytes([key.expert]) * RECORD
+        return RECORD
+
+
+def lane_of(file: FakeFile, workers: int = 1) -> DiskLane:
+    return DiskLane(cast(ExpertFile, file), workers)
+
+
+def slot() -> memoryview:
+    return memoryview(bytearray(RECORD))
+
+
+def test_ticket_of_a_load() -> None:
+    file = FakeFile()
+    lane, buffer, key = lane_of(file), slot(), ExpertKey(1, 7)
+    ticket = lane.load(key, buffer)
+    assert ticket.key == key
+    assert not ticket.ready()
+    file.gate(key).set()
+    size, waited = ticket.wait()
+    assert size == RECORD
+    assert waited >= 0
+    assert ticket.ready()
+    assert bytes(buffer) == b"\7" * RECORD
+    assert ticket.wait()[0] == RECORD, "waiting again is no error"
+    assert ticket.settle()
+    lane.close()
+
+
+def test_ticket_carries_the_error() -> None:
+    file = FakeFile()
+    lane, key = lane_of(file), ExpertKey(2, 13)
+    file.gate(key).set()
+    ticket = lane.load(key, slot())
+    for _ in range(2):
+        with pytest.raises(ExpertFileError, match="layer 2, expert 13 cannot be read"):
+            ticket.wait()
+    assert ticket.ready()
+    assert not ticket.settle()
+    good = ExpertKey(2, 1)
+    file.gate(good).set()
+    assert lane.load(good, slot()).wait()[0] == RECORD, "the worker outlives an error"
+    lane.close()
+
+
+def test_settle_drops_a_load_that_has_not_started() -> None:
+    file = FakeFile()
+    lane, buffer = lane_of(file), slot()
+    first, second = ExpertKey(0, 1), ExpertKey(0, 2)
+    running = lane.load(first, slot())
+    file.running.acquire()
+    waiting = lane.load(second, buffer)
+    assert not waiting.settle(), "the record did not arrive"
+    assert waiting.ready()
+    file.gate(first).set()
+    file.gate(second).set()
+    assert running.settle(), "a running one is waited for, and its record is whole"
+    lane.close()
+    assert file.started == [first]
+    assert bytes(buffer) == bytes(RECORD)
+    assert not waiting.settle(), "settling again is no error"
+
+
+def test_settle_waits_for_a_running_load() -> None:
+    file = FakeFile()
+    lane, key, buffer = lane_of(file), ExpertKey(0, 5), slot()
+    ticket = lane.load(key, buffer)
+    file.running.acquire()
+    with ThreadPoolExecutor(1) as pool:
+        settled = pool.submit(ticket.settle)
+        assert not settled.done()
+        file.gate(key).set()
+        assert settled.result(30)
+    assert bytes(buffer) == b"\5" * RECORD
+    lane.close()
+
+
+def test_close_drops_queued_loads_and_waits_for_running_ones() -> None:
+    file = FakeFile()
+    lane = lane_of(file, workers=2)
+    keys = [ExpertKey(0, expert) for expert in range(6)]
+    buffers = [slot() for _ in keys]
+    tickets = [lane.load(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
+    for _ in range(2):
+        file.running.acquire()
+    for key in keys[:1]:
+        file.gate(key).set()
+    # the gate of the other running one opens while close() waits
+    timer = threading.Timer(0.1, lambda: [file.gate(key).set() for key in keys])
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(lane.close)
+        timer.start()
+        closing.result(30)
+    arrived = [ticket.settle() for ticket in tickets]
+    assert [key for key, whole in zip(keys, arrived, strict=True) if whole] == sorted(file.started)
+    assert arrived[0]
+    assert arrived[1]
+    assert all(ticket.ready() for ticket in tickets)
+    for key, buffer, whole in zip(keys, buffers, arrived, strict=True):
+        assert bytes(buffer) == (bytes([key.expert]) * RECORD if whole else bytes(RECORD))
+
+
+def test_workers_read_at_the_same_time() -> None:
+    file = FakeFile()
+    lane = lane_of(file, workers=3)
+    keys = [ExpertKey(0, expert) for expert in range(5)]
+    tickets = [lane.load(key, slot()) for key in keys]
+    for _ in range(3):
+        assert file.running.acquire(timeout=30)
+    assert len(file.started) == 3
+    for key in keys:
+        file.gate(key).set()
+    assert [ticket.wait()[0] for ticket in tickets] == [RECORD] * 5
+    lane.close()
