@@ -1,0 +1,345 @@
+"""The command line of run-local: parse flags, call one function. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from offload.config import format_size
+from offload.errors import RunLocalError, UsageError
+from tui.failures import EXIT_CODES, ExitCode, run_guarded
+from tui.flags import MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, Flag, FlagValues, read_flags
+from tui.libraries import hub_is_offline, prepare_libraries
+from tui.text import check_text, decode
+
+if TYPE_CHECKING:
+    from offload.config import EngineSettings
+    from offload.protocol import ChatEngine
+    from tui.screen import Screen
+
+Command = Callable[[argparse.Namespace, FlagValues], int]
+
+_ENVIRONMENT = """\
+Flags of the groups model, memory, run and sampling can also be set in the environment: --ctx is RUN_LOCAL_CTX, and so
+on. A flag wins over its variable. Answers go to stdout, everything else to stderr."""
+_FLAG_GROUPS = {
+    "model": MODEL_FLAGS,
+    "memory": MEMORY_FLAGS,
+    "run": RUN_FLAGS,
+    "sampling": SAMPLING_FLAGS,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            text = version("run-local")
+        except PackageNotFoundError:
+            text = "(not installed)"
+        print(f"run-local {text}")
+        raise SystemExit(0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. A parsed namespace has ``run`` (the command) and ``flags`` (its shared flags)."""
+    parser = _Parser(
+        prog="run-local",
+        description="Run Mixture-of-Experts models whose experts stream from disk, under a hard memory budget.",
+        epilog=f"{_ENVIRONMENT}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    chat = _add_command(commands, "chat", _chat, "ask a model", ("model", "memory", "run", "sampling"))
+    chat.add_argument(
+        "question",
+        nargs="?",
+        metavar="QUESTION",
+        help="answer this and leave, instead of chatting; what comes on standard input is put after it",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="system prompt (default: none, or the chat template's own)")
+    chat.add_argument("--plain", action="store_true", help="the plain console: so far the only front end there is")
+
+    batch = _add_command(commands, "batch", _batch, "answer a file of prompts", ("model", "memory", "run", "sampling"))
+    batch.add_argument("input", metavar="IN.jsonl", help="rows {id, prompt} or {id, messages}; - is standard input")
+    batch.add_argument(
+        "-o", "--output", required=True, metavar="OUT.jsonl", help="new file for the answers; - is standard output"
+    )
+    batch.add_argument("--resume", action="store_true", help="go on with OUT.jsonl: skip the rows that it has")
+
+    plan = _add_command(commands, "plan", _plan, "show what memory a model would take", ("model", "memory"))
+    plan.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+    pack = _add_command(commands, "pack", _pack, "write a model's experts to an expert file", ("model",))
+    pack.add_argument("--format", choices=("native",), default="native", help="format of the records (default: native)")
+    pack.add_argument("-o", "--output", metavar="DIR", help="the pack's own folder (default: one in the packs folder)")
+
+    models = _add_command(commands, "models", _models, "list or remove packs", ())
+    _add_flags(models, "model", [flag for flag in MODEL_FLAGS if flag.name == "--experts-dir"])
+    models.add_argument("--remove", metavar="NAME", help="delete the pack NAME")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own). Returns the exit code and raises nothing."""
+    return run_guarded(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = build_parser().parse_args(argv)
+    if not hasattr(arguments, "run"):
+        raise UsageError("give a command: chat, batch, plan, pack or models (see run-local --help)")
+    values = read_flags(arguments, arguments.flags, os.environ)
+    if hub_is_offline(os.environ):
+        values.given.setdefault("offline", True)
+    command: Command = arguments.run
+    try:
+        return command(arguments, values)
+    except UsageError as error:
+        raise UsageError(values.blame(str(error))) from error
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[_Parser], name: str, run: Command, summary: str, groups: Sequence[str]
+) -> _Parser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"{_ENVIRONMENT}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, flags=[])
+    for group in groups:
+        _add_flags(parser, group, _FLAG_GROUPS[group])
+    return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> None:
+    group = parser.add_argument_group(title)
+    for flag in flags:
+        flag.add_to(group)
+    parser.set_defaults(flags=[*parser.get_default("flags"), *flags])
+
+
+def _chat(arguments: argparse.Namespace, values: FlagValues) -> int:
+    settings, sampling = values.engine(), values.sampling()
+    _check_outputs(values)
+    question = _question(arguments.question)
+    system = check_text(arguments.system or "", "--system")
+
+    from tui.conversation import Conversation
+    from tui.plain import PlainChat
+    from tui.prompt import terminal_reader
+    from tui.screen import Screen
+
+    screen = Screen()
+    with _open_engine(settings, values, screen) as engine:
+        chat = PlainChat(engine, screen, sampling, Conversation(system or None))
+        return chat.talk(terminal_reader(screen)) if question is None else chat.answer_once(question)
+
+
+def _question(given: str | None) -> str | None:
+    """The one question to answer: from the command line, standard input, or both; None if the user will type.
+
+    Raises UsageError for an empty one.
+    """
+    text = check_text(given, "the question") if given is not None else None
+    if text is not None and not text.strip():
+        raise UsageError("the question is empty")
+    if sys.stdin.isatty():
+        return text
+    piped = decode(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
+    if text is None and not piped.strip():
+        raise UsageError("standard input is empty; give a question there or after 'chat'")
+    return "\n\n".join(part for part in (text, piped) if part is not None and part.strip())
+
+
+def _batch(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from offload.generation.batch import run_batch
+    from offload.generation.batch_files import BatchInput, batch_settings, choose_seed, open_sink
+    from tui.interrupts import CancelOnInterrupt
+    from tui.progress import BatchReporter
+    from tui.screen import Screen
+
+    settings, sampling = values.engine(), values.sampling()
+    _check_outputs(values)
+    source = BatchInput.open(arguments.input)
+    path = None if arguments.output == "-" else Path(arguments.output)
+    seed = choose_seed(sampling.seed, path if arguments.resume else None)
+    total = source.rows()
+    screen = Screen()
+    try:
+        with open_sink(path, arguments.resume, batch_settings(settings, sampling, seed), source) as sink:
+            if total == sink.done.total():
+                sink.finish()
+                screen.note(f"nothing to do: all {total} rows are done" if total else "nothing to do: no rows")
+                return ExitCode.DONE
+            with (
+                _open_engine(settings, values, screen) as engine,
+                BatchReporter(screen, answers_on_stdout=path is None) as report,
+                CancelOnInterrupt(engine) as interrupts,
+            ):
+                summary = run_batch(
+                    engine,
+                    source.lines(),
+                    sink,
+                    sampling,
+                    seed,
+                    done_before=sink.done,
+                    rows_total=total,
+                    on_progress=report,
+                    should_stop=lambda: interrupts.interrupted,
+                )
+            screen.note(summary.describe())
+            if summary.interrupted:
+                raise KeyboardInterrupt
+            sink.finish()
+    except KeyboardInterrupt:
+        if path is not None and not source.stream:
+            screen.note("go on with the same command and --resume")
+        raise
+    return ExitCode.FAILED if summary.written and summary.errors == summary.written else ExitCode.DONE
+
+
+def _plan(arguments: argparse.Namespace, values: FlagValues) -> int:
+    settings = values.engine()
+    prepare_libraries(settings.offline)
+
+    from tui.progress import LoadReporter
+    from tui.screen import Screen
+    from tui.tables import table
+
+    screen = Screen()
+    with LoadReporter(screen) as report:
+        from offload.engine import plan_model
+
+        plan = plan_model(settings, report)
+    if arguments.json:
+        screen.answer(json.dumps(plan.to_json(), ensure_ascii=False, indent=2) + "\n")
+    else:
+        rows = [(label, format_size(size), remark) for label, size, remark in plan.rows()]
+        screen.answer("".join(f"{line}\n" for line in plan.summary()) + "\n" + table(rows, right=(1,)))
+    return ExitCode.DONE
+
+
+def _pack(arguments: argparse.Namespace, values: FlagValues) -> int:
+    settings = values.engine()
+    output = Path(arguments.output) if arguments.output else None
+    prepare_libraries(settings.offline)
+
+    from tui.progress import LoadReporter
+    from tui.screen import Screen
+
+    screen = Screen()
+    with LoadReporter(screen) as report:
+        from offload.checkpoint.library import pack_model
+
+        pack = pack_model(settings, report, output, arguments.format)
+    screen.note(f"{pack.name}: {pack.experts} experts, {format_size(pack.bytes)}")
+    screen.answer(f"{pack.folder}\n")
+    return ExitCode.DONE
+
+
+def _models(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from offload.checkpoint.library import list_packs, remove_pack
+    from tui.screen import Screen
+    from tui.tables import table
+
+    screen = Screen()
+    root: Path | None = values.given.get("experts_dir")
+    if arguments.remove is not None:
+        removed = remove_pack(arguments.remove, root)
+        screen.note(f"removed {removed.name} ({format_size(removed.bytes)})")
+        return ExitCode.DONE
+    packs = list_packs(root)
+    if not packs:
+        screen.note(f"there are no packs in {root}" if root else "there are no packs yet")
+        return ExitCode.DONE
+    rows = [("NAME", "SIZE", "FORMAT", "EXPERTS", "MODEL", "FOLDER")]
+    for pack in packs:
+        model = pack.model + (f"@{pack.revision}" if pack.revision else "")
+        state = "" if pack.complete else " (incomplete)"
+        rows.append(
+            (pack.name, format_size(pack.bytes), pack.format, str(pack.experts), model, f"{pack.folder}{state}")
+        )
+    screen.answer(table(rows, right=(1, 3)))
+    return ExitCode.DONE
+
+
+@contextmanager
+def _open_engine(settings: EngineSettings, values: FlagValues, screen: Screen) -> Iterator[ChatEngine]:
+    """The engine of ``chat`` and ``batch``; writes ``--stats-json`` at the end, after Ctrl-C or an error too."""
+    prepare_libraries(settings.offline)
+
+    from tui.progress import LoadReporter
+
+    with LoadReporter(screen) as report:
+        from offload.engine import open_engine
+
+        opened = open_engine(settings, report)
+    with closing(opened) as engine:
+        try:
+            yield engine
+        finally:
+            _write_stats(engine, values.given.get("stats_json"))
+
+
+def _write_stats(engine: ChatEngine, path: Path | None) -> None:
+    if path is None:
+        return
+    text = json.dumps(engine.stats().to_json(), ensure_ascii=False, indent=2) + "\n"
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise RunLocalError(f"--stats-json: {path} cannot be written ({error.strerror})") from error
+
+
+def _check_outputs(values: FlagValues) -> None:
+    """Find out before a model is loaded that a report could not be written at the end. Raises UsageError."""
+    seen: dict[Path, str] = {}
+    for dest in ("stats_json", "trace_out"):
+        path: Path | None = values.given.get(dest)
+        if path is None:
+            continue
+        flag = "--" + dest.replace("_", "-")
+        try:
+            _try_to_write(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{flag}: {path} cannot be written ({reason})") from error
+        other = seen.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise UsageError(f"{flag}: {path} is the file of {other} too")
+
+
+def _try_to_write(path: Path) -> None:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        if not os.access(path, os.W_OK):  # opening a pipe to try it would end it for its reader
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return
+    existed = path.exists()
+    open(path, "ab").close()
+    if not existed:
+        path.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

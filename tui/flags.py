@@ -1,0 +1,171 @@
+"""The flags that commands share: one table for parsing, help, environment variables and documentation."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offload.config import (
+    DEFAULT_CONTEXT_TOKENS,
+    DEFAULT_MAX_NEW_TOKENS,
+    DEFAULT_POLICY,
+    DEFAULT_PREFILL_CHUNK,
+    DEVICES,
+    EngineSettings,
+    SamplingSettings,
+    parse_size,
+)
+from offload.errors import UsageError
+from tui.text import check_text
+
+Parser = Callable[[str, str], Any]
+"""From a text and where it came from (a flag or a variable) to a value; raises UsageError naming the latter."""
+
+
+def whole(text: str, source: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{source}: '{text}' is not a whole number") from None
+
+
+def number(text: str, source: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{source}: '{text}' is not a number") from None
+
+
+def size_or_auto(text: str, source: str) -> int | None:
+    return None if text.strip().lower() == "auto" else parse_size(text, source)
+
+
+def path(text: str, source: str) -> Path:
+    if not text or "\0" in text:
+        raise UsageError(f"{source}: '{text}' is no path")
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)
+
+
+def switch(text: str, source: str) -> bool:
+    value = text.strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("0", "false", "no", "off"):
+        return False
+    raise UsageError(f"{source}: '{text}' is not one of 1, 0, true, false, yes, no, on, off")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A flag ``--name`` with its twin in the environment, ``RUN_LOCAL_NAME``. ``metavar`` is None for a switch."""
+
+    name: str
+    parse: Parser
+    metavar: str | None
+    help: str
+    repeat: bool = False
+
+    @property
+    def dest(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return "RUN_LOCAL_" + self.dest.upper()
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        if self.metavar is None:
+            group.add_argument(self.name, action="store_const", const="1", help=self.help)
+        else:
+            action = "append" if self.repeat else "store"
+            group.add_argument(self.name, action=action, metavar=self.metavar, help=self.help)
+
+    def read(self, texts: list[str], source: str) -> Any:
+        values = [self.parse(text, source) for text in texts]
+        return tuple(values) if self.repeat else values[-1]
+
+
+MODEL_FLAGS = (
+    Flag("--model", check_text, "MODEL", "folder, hub id (org/name) or 'demo' (default: demo)"),
+    Flag("--revision", check_text, "REV", "branch, tag or commit of a hub model (default: main)"),
+    Flag("--offline", switch, None, "never use the network; what is not on disk is an error"),
+    Flag("--experts-dir", path, "DIR", "folder of packs, or one pack (default: the packs folder in the user's cache)"),
+)
+MEMORY_FLAGS = (
+    Flag("--device", check_text, "DEVICE", f"where to compute: {' or '.join(DEVICES)} (default: auto)"),
+    Flag("--ram", size_or_auto, "SIZE", "hard budget for all memory of the process: 8GiB, 512MiB, auto (default)"),
+    Flag("--residency", number, "FRACTION", "at most this share of the experts in RAM, above 0 to 1 (0.5 is half)"),
+    Flag(
+        "--ctx",
+        whole,
+        "TOKENS",
+        f"tokens of prompt and answer together (default: the model's own, at most {DEFAULT_CONTEXT_TOKENS})",
+    ),
+    Flag("--prefill-chunk", whole, "TOKENS", f"prompt tokens in one forward pass (default: {DEFAULT_PREFILL_CHUNK})"),
+    Flag("--read-workers", whole, "N", f"threads that read experts (default: {EngineSettings().read_workers})"),
+)
+RUN_FLAGS = (
+    Flag("--policy", check_text, "SPEC", f"which experts stay: NAME or NAME:KEY=VALUE (default: {DEFAULT_POLICY})"),
+    Flag("--verify", switch, None, "check every checksum of the expert file before starting"),
+    Flag("--stats-json", path, "FILE", "write the statistics of the session here at its end (overwrites)"),
+    Flag("--trace-out", path, "FILE", "write the routing trace here at the end (overwrites)"),
+)
+SAMPLING_FLAGS = (
+    Flag("--temperature", number, "T", "0 is greedy (default: the model's own)"),
+    Flag("--top-k", whole, "K", "keep the K most likely tokens, 0 for all (default: the model's own)"),
+    Flag("--top-p", number, "P", "keep the most likely tokens of total probability P (default: the model's own)"),
+    Flag("--min-p", number, "P", "drop tokens below P times the best one's probability (default: the model's own)"),
+    Flag("--repetition-penalty", number, "R", "above 1 discourages repetition (default: the model's own)"),
+    Flag("--max-new-tokens", whole, "N", f"longest answer in tokens (default: {DEFAULT_MAX_NEW_TOKENS})"),
+    Flag("--stop", check_text, "TEXT", "end the answer before TEXT; may be given several times", repeat=True),
+    Flag("--seed", whole, "N", "for the same answers again (default: a new one each time)"),
+)
+_ENGINE_FIELDS = {"ctx": "context_tokens"}  # where a flag and its field differ in name
+_ENGINE_FLAGS = (*MODEL_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS)
+_FRONT_END_FLAGS = ("stats_json",)
+
+
+@dataclass(frozen=True, slots=True)
+class FlagValues:
+    """Values of the shared flags that were given, by flag or by environment, and which came from a variable."""
+
+    given: dict[str, Any]
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def engine(self) -> EngineSettings:
+        """Raises UsageError for values that make no sense."""
+        names = {flag.dest for flag in _ENGINE_FLAGS} - set(_FRONT_END_FLAGS)
+        values = {_ENGINE_FIELDS.get(name, name): self.given[name] for name in names if name in self.given}
+        return EngineSettings(**values)
+
+    def sampling(self) -> SamplingSettings:
+        """Raises UsageError for values that make no sense."""
+        return SamplingSettings(
+            **{name: self.given[name] for name in SamplingSettings.field_names() if name in self.given}
+        )
+
+    def blame(self, message: str) -> str:
+        """A usage message that starts with a flag's name, naming instead the variable that the value came from."""
+        match = re.match(r"--[a-z-]+", message)
+        variable = self.variables.get(match.group()) if match else None
+        return variable + message[match.end() :] if match and variable else message
+
+
+def read_flags(arguments: argparse.Namespace, flags: Iterable[Flag], environ: Mapping[str, str]) -> FlagValues:
+    """What was given for ``flags``: the flag if there is one, else its variable; an empty variable counts as unset.
+
+    Raises UsageError naming the flag or the variable.
+    """
+    values = FlagValues({}, {})
+    for flag in flags:
+        given = getattr(arguments, flag.dest)
+        if given is not None:
+            values.given[flag.dest] = flag.read(given if flag.repeat else [given], flag.name)
+        elif text := environ.get(flag.variable):
+            values.given[flag.dest] = flag.read([text], flag.variable)
+            values.variables[flag.name] = flag.variable
+    return values

@@ -1,0 +1,17 @@
+"""Where the front ends keep their few files. Nothing is ever written straight into the home folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def state_folder() -> Path | None:
+    """``$XDG_STATE_HOME/run-local`` or ``~/.local/state/run-local``; not created. None for a user without a home."""
+    given = os.environ.get("XDG_STATE_HOME", "")
+    if os.path.isabs(given):  # the XDG rules say to ignore a relative path
+        return Path(given) / "run-local"
+    try:
+        return Path.home() / ".local" / "state" / "run-local"
+    except RuntimeError:
+        return None

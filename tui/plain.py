@@ -1,0 +1,140 @@
+"""The plain chat: on a terminal or through pipes, without taking the screen over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+
+from offload.config import SamplingSettings
+from offload.errors import ContextError, RunLocalError
+from offload.events import Done, Event, PrefillProgress, Token
+from offload.protocol import ChatEngine
+from tui.commands import run_command
+from tui.conversation import Conversation, Turn
+from tui.failures import ExitCode
+from tui.interrupts import CancelOnInterrupt
+from tui.progress import PrefillReporter
+from tui.prompt import Entry, PromptReader
+from tui.screen import Screen
+from tui.status import status_line
+
+
+class PlainChat:
+    """One conversation with an engine. Answers go to stdout, everything else to stderr."""
+
+    def __init__(
+        self, engine: ChatEngine, screen: Screen, sampling: SamplingSettings, conversation: Conversation | None = None
+    ) -> None:
+        self.engine = engine
+        self.screen = screen
+        self.conversation = conversation or Conversation()
+        self.leaving = False
+        self._sampling = sampling
+        self._asked = 0
+
+    def answer_once(self, question: str) -> ExitCode:
+        """Answer one question. Raises RunLocalError if it cannot be asked at all."""
+        done = self.ask(question)
+        if done.reason == "error":
+            return ExitCode.FAILED
+        return ExitCode.INTERRUPTED if done.reason == "cancelled" else ExitCode.DONE
+
+    def talk(self, reader: PromptReader) -> ExitCode:
+        """Answer until the user leaves; errors are said and the chat goes on."""
+        self.screen.note(f"chat with {self.engine.model_name}; /help lists the commands, Ctrl-D leaves", "dim")
+        while not self.leaving:
+            try:
+                entry = reader.read()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                return ExitCode.INTERRUPTED
+            self._take(entry)
+        return ExitCode.DONE
+
+    def ask(self, question: str, turns: Sequence[Turn] | None = None) -> Done:
+        """Ask ``question`` after ``turns`` (default: all so far), show the answer, keep it in the conversation.
+
+        Drops the oldest turns while the prompt does not fit the context. Raises ContextError if the question alone
+        does not fit, RunLocalError if it cannot be asked, KeyboardInterrupt at the second Ctrl-C.
+        """
+        base = list(self.conversation.turns if turns is None else turns)
+        self.conversation.pending = (question, base)
+        with CancelOnInterrupt(self.engine) as interrupts:
+            try:
+                kept, events = self._start(question, base)
+                done = self._show(events, interrupts)
+            finally:
+                self.screen.end_answer()
+        became_turn = self.conversation.commit(kept, question, done)
+        self._tell_end(done, became_turn)
+        return done
+
+    def _take(self, entry: Entry) -> None:
+        text = entry.text
+        if not entry.verbatim and text.startswith("/"):
+            if not text.startswith("//"):
+                run_command(self, text)
+                return
+            text = text[1:]
+        try:
+            self.ask(text)
+        except RunLocalError as error:
+            self.screen.problem(str(error))
+
+    def _start(self, question: str, base: Sequence[Turn]) -> tuple[Sequence[Turn], Iterator[Event]]:
+        sampling = self._next_sampling()
+        for dropped in range(len(base) + 1):
+            kept = base[dropped:]
+            try:
+                events = iter(self.engine.generate(self.conversation.messages(kept, question), sampling))
+                first = next(events)  # an engine written as a generator raises only here
+            except ContextError as error:
+                problem = error
+                continue
+            if dropped:
+                turns = "oldest turn was" if dropped == 1 else f"{dropped} oldest turns were"
+                self.screen.note(f"the context is full: the {turns} dropped")
+            return kept, chain([first], events)
+        raise ContextError(
+            f"the question does not fit the context, even without the turns before it: {problem.prompt_tokens} tokens "
+            f"of {problem.context_tokens}; shorten it, or start with a larger --ctx",
+            problem.prompt_tokens,
+            problem.context_tokens,
+        )
+
+    def _next_sampling(self) -> SamplingSettings:
+        # with a fixed seed for every answer a retry could only repeat the last one
+        seed = self._sampling.seed
+        asked, self._asked = self._asked, self._asked + 1
+        return self._sampling if seed is None else replace(self._sampling, seed=(seed + asked) % 2**63)
+
+    def _show(self, events: Iterator[Event], interrupts: CancelOnInterrupt) -> Done:
+        shown = ""
+        with PrefillReporter(self.screen) as prefill:
+            for event in events:
+                if isinstance(event, PrefillProgress):
+                    prefill(event)
+                elif isinstance(event, Token):
+                    prefill.close()
+                    self.screen.answer(event.text)
+                    shown += event.text
+                else:
+                    prefill.close()
+                    if event.text.startswith(shown):  # what was held back for a stop string that never came
+                        self.screen.answer(event.text[len(shown) :])
+                    return event
+                interrupts.insist()
+        raise RuntimeError("the engine ended an answer without a Done event")
+
+    def _tell_end(self, done: Done, became_turn: bool) -> None:
+        if done.reason == "error":
+            self.screen.problem(done.error or "the generation failed")
+        elif done.reason == "cancelled":
+            self.screen.note("stopped" if became_turn else "stopped before the first token")
+        elif done.reason == "length":
+            limit = self._sampling.max_new_tokens
+            why = f"--max-new-tokens {limit}" if done.new_tokens >= limit else "the context is full (--ctx)"
+            self.screen.note(f"cut off: {why}")
+        self.screen.status(status_line(done, self.engine))
