@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from offload.checkpoint.expert_file import ExpertFile
@@ -79,6 +79,7 @@ def test_pack_name_is_readable(model: str, readable: str, source: CheckpointSour
 
 
 @given(st.text(max_size=300))
+@example("org/" + "x" * 300)
 def test_pack_name_is_a_plain_file_name(model: str) -> None:
     manifest = Manifest(model, None, "mixtral", "native", "1a2b3c4d5e6f7081", (), (), ())
     name = pack_name(manifest)

@@ -4,18 +4,18 @@ rest is read again, and the file is the one that packing in one go gives.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from offload.checkpoint.expert_file import ExpertFile
-from offload.checkpoint.journal import JOURNAL_NAME
+from offload.checkpoint.journal import JOURNAL_NAME, resumable
 from offload.checkpoint.library import ensure_pack, list_packs, pack_name
 from offload.checkpoint.manifest import EXPERT_FILE_NAME
 from offload.checkpoint.pack import plan_manifest
@@ -25,6 +25,7 @@ from tests.checkpoint.packs import (
     Stopped,
     big_checkpoint,
     partial_of,
+    planned,
     resumed_layers,
     stopped_pack,
     tiny_source,
@@ -96,12 +97,25 @@ def test_kill_9_and_a_second_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
         file.verify(lambda event: None)
 
 
-def test_torn_journal_line(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_torn_journal_line(again: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "pack"
     source = stopped_pack(checkpoint, folder, 1.5)
     journal = partial_of(folder) / JOURNAL_NAME
     journal.write_text(journal.read_text() + "[123, 4")
-    stopped_pack(checkpoint, folder, 2.5)  # goes on behind the torn line, and is broken off again
+    if again:  # what goes on behind the torn line may be broken off too
+        stopped_pack(checkpoint, folder, 2.5)
+        journal.write_text(journal.read_text() + "[")
+    assert resumed_layers(source, folder, monkeypatch) == ([2, 3] if again else [1, 2, 3])
+
+
+def test_stopped_while_the_journal_is_renewed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pack"
+    source = stopped_pack(checkpoint, folder, 1.5)
+    (partial_of(folder) / f"{JOURNAL_NAME}.new").write_text('{"half": ')
+    stopped_pack(checkpoint, folder, 2.5)
     assert resumed_layers(source, folder, monkeypatch) == [2, 3]
 
 
@@ -117,6 +131,7 @@ def test_damaged_journal_means_starting_over(
     source = stopped_pack(checkpoint, folder, 1.5)
     journal = partial_of(folder) / JOURNAL_NAME
     head = journal.read_text().splitlines()[0] + "\n" if lines else ""
+    os.truncate(partial_of(folder) / EXPERT_FILE_NAME, planned(source).total_bytes)  # its length gives no hint
     journal.write_bytes((head + lines).encode(errors="surrogateescape"))
     assert resumed_layers(source, folder, monkeypatch) == [0, 1, 2, 3]
 
@@ -143,16 +158,15 @@ def test_partial_pack_of_another_checkpoint(checkpoint: Path, tmp_path: Path, mo
     assert resumed_layers(open_source(checkpoint), folder, monkeypatch) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("field", ["format_version", "format", "total_bytes", "fingerprint"])
-def test_partial_pack_of_another_version(
-    field: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "pack"
-    source = stopped_pack(checkpoint, folder, 2.5)
-    journal = partial_of(folder) / JOURNAL_NAME
-    head, rest = journal.read_text().split("\n", 1)
-    journal.write_text(json.dumps(json.loads(head) | {field: "other"}) + "\n" + rest)
-    assert resumed_layers(source, folder, monkeypatch) == [0, 1, 2, 3]
+@pytest.mark.parametrize("field", ["format_version", "format", "fingerprint", "layouts"])
+def test_partial_pack_of_another_version(field: str, checkpoint: Path, tmp_path: Path) -> None:
+    partial = partial_of(tmp_path / "pack")
+    wanted = planned(stopped_pack(checkpoint, tmp_path / "pack", 2.5))
+    assert len(resumable(partial, wanted)) == 16
+    larger = tuple(replace(layout, record_bytes=layout.record_bytes + 4096) for layout in wanted.layouts)
+    changed: Any = {"format_version": 2, "format": "int4", "fingerprint": "0" * 16, "layouts": larger}[field]
+    assert resumable(partial, replace(wanted, **{field: changed})) == []
+    assert not partial.exists(), "it is thrown away"
 
 
 def test_stopped_between_the_last_record_and_the_rename(

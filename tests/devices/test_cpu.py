@@ -86,7 +86,7 @@ def test_slots_are_private_memory() -> None:
     arena.close()
 
 
-# In a process of its own, since what may go wrong ends it. The tensor is made the way the experts function does.
+# In a process of its own, since what may go wrong ends it.
 LIVE_VIEW = """
 import torch
 from offload.devices.cpu import CpuDevice
@@ -94,22 +94,26 @@ from offload.devices.cpu import CpuDevice
 arena = CpuDevice().allocate_slots(8, 2**20)
 arena.touch(lambda done, total: None)
 arena.buffer(3)[:] = b"x" * 2**20
+"""
+LIVE_TENSOR = """
 view = arena.tensor(3).view(torch.float32).view(512, 512)[7:9]
-buffer = arena.buffer(4)
 arena.close()
 assert view.view(torch.uint8).unique().tolist() == [ord("x")]
+"""
+LIVE_BUFFER = """
+buffer = arena.buffer(3)
+arena.close()
 buffer[:3] = b"abc"
-del view
-assert bytes(buffer[:3]) == b"abc"
-print("alive")
+assert bytes(buffer[:5]) == b"abcxx"
 """
 
 
-def test_close_with_live_views() -> None:
+@pytest.mark.parametrize("use", [LIVE_TENSOR, LIVE_BUFFER], ids=["tensor", "buffer"])
+def test_close_with_live_views(use: str) -> None:
     """The contract forbids using them; still the process must not crash, as when an error's traceback holds one."""
     root = Path(__file__).resolve().parents[2]
-    answer = subprocess.run([sys.executable, "-c", LIVE_VIEW], cwd=root, capture_output=True, text=True)
-    assert (answer.returncode, answer.stdout) == (0, "alive\n"), answer.stderr
+    answer = subprocess.run([sys.executable, "-c", LIVE_VIEW + use], cwd=root, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_memory_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
