@@ -1,4 +1,4 @@
-"""Keep the libraries under the engine quiet, and off the network if asked. Must run before they are imported."""
+"""Set up the libraries under the engine: quiet, off the network if asked. Must run before they are imported."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Waiting threads soon sleep instead of spinning: with other work on the cores, spinning took 10 times as long.
+_THREADS = {"GOMP_SPINCOUNT": "5000"}
 
 
 def prepare_libraries(offline: bool) -> None:
@@ -25,6 +27,8 @@ def prepare_libraries(offline: bool) -> None:
     """
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    for name, value in _THREADS.items():
+        os.environ.setdefault(name, value)
     if os.environ.get("RUN_LOCAL_DEBUG", "") not in ("", "0"):
         return
     for name, value in _QUIET.items():

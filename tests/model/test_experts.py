@@ -29,7 +29,7 @@ def experts_module(cls: Any, **config: Any) -> torch.nn.Module:
         "num_experts": EXPERTS, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS, "hidden_size": HIDDEN,
         "moe_hidden_size": HIDDEN,
         "moe_intermediate_size": INNER, "intermediate_size": INNER, "hidden_act": "silu", "mlp_hidden_act": "relu",
-        "moe_latent_size": None, "rms_norm_eps": 1e-5, "_experts_implementation": "eager",
+        "moe_latent_size": None, "rms_norm_eps": 1e-5, "post_norm_eps": 1e-5, "_experts_implementation": "eager",
     }  # fmt: skip
     module: torch.nn.Module = cls(SimpleNamespace(**(settings | config)))
     generator = torch.Generator().manual_seed(0)

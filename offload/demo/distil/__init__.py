@@ -1,0 +1,1 @@
+"""How the recipe was made: text, starting point, training, measurement. Needed by nobody who only runs the demo."""
