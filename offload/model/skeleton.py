@@ -46,6 +46,7 @@ def load_skeleton(
     keys = {key: source.files[key] for key in source.skeleton_keys}
     api.load_weights(source.model, source.folder, keys, source.dtype, device, on_tensor)
     source.close()
+    on_event(LoadProgress("load", total, total, "bytes"))
     head = source.model.get_output_embeddings()
     if isinstance(head, torch.nn.Module):
         head.register_forward_pre_hook(_plain_strides)

