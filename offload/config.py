@@ -111,6 +111,8 @@ class SamplingSettings:
             values = values | {"stop": (values["stop"],)}
         elif isinstance(values.get("stop"), list):
             values = values | {"stop": tuple(values["stop"])}
+        elif "stop" in values and values["stop"] is None:
+            values = values | {"stop": ()}
         return replace(self, **values)
 
 

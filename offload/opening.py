@@ -32,6 +32,7 @@ from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_cache_bytes
 from offload.model.prompt import PromptEncoder
 from offload.model.skeleton import load_skeleton, skeleton_bytes
+from offload.model.transformers_api import attends_eagerly
 
 _FORMAT = "native"
 _DEMO_RESIDENCY = 0.5
@@ -43,7 +44,11 @@ def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
     resolved = resolve(settings, on_event, weights=False)
     with contextlib.suppress(ModelError):  # its memory counts, but a folder with a config alone can be planned too
         PromptEncoder(resolved.folder)
-    return _plan(settings, resolved, open_source(resolved.folder, weights=False))
+    try:
+        source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
+    except ModelError:
+        source = open_source(resolved.folder, weights=False)
+    return _plan(settings, resolved, source)
 
 
 def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
@@ -59,6 +64,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
     encoder = PromptEncoder(resolved.folder)
+    generation_config = _generation_config(resolved.folder, source)
     plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
     if _demo_residency(settings):
         on_event(
@@ -69,16 +75,19 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         )
     folder = ensure_pack(source, resolved.name, resolved.revision, _FORMAT, settings.experts_dir, on_event)
     device = get_device(settings.device)
-    file = ExpertFile(folder)
-    if notice := file.fallback_notice():
-        on_event(Notice(notice))
-    if settings.verify:
-        file.verify(on_event)
-    modules = source.experts
-    model = load_skeleton(source, device.torch_device, on_event)
-    release_free_memory()
-    arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
-    arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
+    with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
+        file = undo.enter_context(ExpertFile(folder))
+        if notice := file.fallback_notice():
+            on_event(Notice(notice))
+        if settings.verify:
+            file.verify(on_event)
+        modules = source.experts
+        model = load_skeleton(source, device.torch_device, on_event)
+        release_free_memory()
+        arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
+        undo.callback(arena.close)
+        arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
+        undo.pop_all()
     lane = DiskLane(file, settings.read_workers)
     cache = ExpertCache(plan.slots, make_policy(settings.policy))
     text = model.config.get_text_config()
@@ -93,7 +102,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     return {
         "model": model,
         "encoder": encoder,
-        "generation_config": _generation_config(resolved.folder, model),
+        "generation_config": generation_config,
         "plan": plan,
         "labels": RunLabels(resolved.name, device.name, _FORMAT, settings.policy, seconds_since_process_start()),
         "runtime": runtime,
@@ -110,7 +119,7 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
     weight_format = get_format(_FORMAT)
     itemsize = source.dtype.itemsize
     chunk = context if needs_whole_prompts(source.model.config.model_type) else settings.prefill_chunk
-    eager = source.model.config.get_text_config()._attn_implementation == "eager"
+    eager = attends_eagerly(source.model)
     sizes = ModelSizes(
         skeleton_bytes=skeleton_bytes(source.model, source.experts),
         kv_bytes=kv_cache_bytes(source.model, context),
@@ -147,7 +156,13 @@ def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:
     return settings.context_tokens
 
 
-def _generation_config(folder: Path, model: Any) -> GenerationConfig:
-    if (folder / "generation_config.json").exists():
+def _generation_config(folder: Path, source: CheckpointSource) -> GenerationConfig:
+    """The checkpoint's own defaults. Raises ModelError if they cannot be read."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return GenerationConfig.from_model_config(source.model.config)
+    try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(model.config)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: cannot be used ({reason}); mend it, or remove it to do without") from error

@@ -156,6 +156,7 @@ def test_overridden() -> None:
     assert base.overridden({"stop": "END"}).stop == ("END",)
     assert base.overridden({"stop": ["a", "b"]}).stop == ("a", "b")
     assert base.overridden({"stop": []}).stop == ()
+    assert base.overridden({"stop": None}).stop == ()
     assert base == SamplingSettings(temperature=0.5, stop=("x",), seed=3), "the original is left alone"
     row = {"stop": "END"}
     base.overridden(row)

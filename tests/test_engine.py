@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 
 from cache.trace import DECODE, load_trace
 from offload.checkpoint.expert_file import ExpertFile
-from offload.config import SamplingSettings
-from offload.engine import Engine, plan_model
+from offload.config import EngineSettings, SamplingSettings
+from offload.engine import Engine, open_engine, plan_model
 from offload.errors import BudgetError, ContextError, ExpertFileError, ModelError, UsageError
-from offload.events import Done, PrefillProgress, Token
+from offload.events import Done, LoadProgress, Notice, PrefillProgress, Token
 from tests.engines import GREEDY, finish, open_tiny
 from tests.tiny_models import EOS_ID, build_tiny, load_reference
 
@@ -36,6 +37,27 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(checkpoint: Path, packs: Path) -> Iterator[Engine]:
     with open_tiny(checkpoint, packs, residency=0.5) as opened:
         yield opened
+
+
+def test_loading_is_told_to_its_end(checkpoint: Path, packs: Path) -> None:
+    events: list[LoadProgress | Notice] = []
+    open_engine(EngineSettings(model=str(checkpoint), context_tokens=128, experts_dir=packs), events.append).close()
+    ends = {event.stage: event for event in events if isinstance(event, LoadProgress)}
+    assert {"load", "slots"} <= ends.keys()
+    assert all(end.done == end.total for end in ends.values())
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_checkpoint_without_its_tokenizer(content: str | None, checkpoint: Path, packs: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(
+        ModelError, match=r"the tokenizer cannot be loaded \(.*\); fetch the tokenizer's files"
+    ) as error:
+        open_tiny(folder, packs)
+    assert "\n" not in str(error.value)
 
 
 def test_a_generation_is_prefill_then_tokens_then_done(engine: Engine) -> None:
@@ -299,3 +321,24 @@ def test_verify_finds_a_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(ExpertFileError, match="layer 0, expert 0 is damaged"):
         open_tiny(checkpoint, tmp_path, verify=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "no"'])
+def test_a_damaged_generation_config_is_refused_by_name(
+    text: str, checkpoint: Path, packs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"generation_config\.json: cannot be used"):
+        open_tiny(tmp_path / "model", packs)
+
+
+def test_cancel_inside_a_pass_with_everything_resident(checkpoint: Path, packs: Path) -> None:
+    with open_tiny(checkpoint, packs, residency=1.0) as engine:
+        whole = finish(engine.generate(HELLO, GREEDY))[1].text
+        engine._kv.reset()
+        hook = engine._model.model.layers[1].register_forward_hook(lambda *args: engine.cancel())
+        _, done = finish(engine.generate(HELLO, GREEDY))
+        hook.remove()
+        assert (done.reason, done.new_tokens) == ("cancelled", 0)
+        assert finish(engine.generate(HELLO, GREEDY))[1].text == whole

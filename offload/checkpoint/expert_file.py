@@ -15,8 +15,6 @@ from offload.config import format_size
 from offload.errors import ExpertFileError
 from offload.events import LoadProgress
 
-_REMEDY = "remove the pack (run-local models --remove NAME) and pack the model again"
-
 
 class ExpertFile:
     """An open expert file. :meth:`read_into` may be called from several threads at once.
@@ -29,18 +27,21 @@ class ExpertFile:
         """Open the pack in ``folder``. Raises ExpertFileError if manifest and file do not fit each other."""
         self.manifest = Manifest.read(folder)
         self.path = folder / EXPERT_FILE_NAME
+        self._remedy = f"remove the pack (run-local models --remove {folder.name}) and pack the model again"
         self._layers: dict[int, LayerLayout] = {layer.layer: layer for layer in self.manifest.layers}
         try:
             size = self.path.stat().st_size
             if size != self.manifest.total_bytes:
                 raise ExpertFileError(
                     f"{self.path}: the file has {size} bytes instead of {self.manifest.total_bytes} "
-                    f"(truncated or overwritten); {_REMEDY}"
+                    f"(truncated or overwritten); {self._remedy}"
                 )
             self.direct = direct and self._try_direct()
             self._fd = os.open(self.path, os.O_RDONLY | (os.O_DIRECT if self.direct else 0))
         except OSError as error:
-            raise ExpertFileError(f"{self.path}: cannot be opened ({error.strerror})") from error
+            raise ExpertFileError(
+                f"{self.path}: cannot be opened ({error.strerror}); check the file, or {self._remedy}"
+            ) from error
 
     def layout(self, layer: int) -> RecordLayout:
         return self.manifest.layouts[self._layers[layer].layout]
@@ -62,7 +63,7 @@ class ExpertFile:
                 if end <= reached:
                     raise ExpertFileError(
                         f"{self.path}: the file ends inside the record of layer {key.layer}, expert {key.expert}; "
-                        f"{_REMEDY}"
+                        f"{self._remedy}"
                     )
                 # O_DIRECT cannot go on in the middle of a block: read its beginning again
                 done = end - end % RECORD_ALIGNMENT if self.direct else end
@@ -70,7 +71,7 @@ class ExpertFile:
         except OSError as error:
             raise ExpertFileError(
                 f"{self.path}: reading the record of layer {key.layer}, expert {key.expert} failed "
-                f"({error.strerror}); check the disk, then {_REMEDY}"
+                f"({error.strerror}); check the disk, then {self._remedy}"
             ) from error
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, start, size, os.POSIX_FADV_DONTNEED)
@@ -86,7 +87,7 @@ class ExpertFile:
                 if zlib.crc32(buffer[:size]) != self.manifest.checksums[number]:
                     raise ExpertFileError(
                         f"{self.path}: the record of layer {layer.layer}, expert {expert} is damaged "
-                        f"(its checksum differs); {_REMEDY}"
+                        f"(its checksum differs); {self._remedy}"
                     )
                 number += 1
                 done += size

@@ -87,10 +87,12 @@ def resolve_model(
     from huggingface_hub import is_offline_mode
 
     if offline or is_offline_mode():
-        flag = "--offline" if offline else "HF_HUB_OFFLINE"
         cached = _from_cache(model, revision, weights)
         if cached is None:
-            raise ModelError(f"{flag} is set and model '{model}' is not in the cache; run once without it to download")
+            raise ModelError(
+                f"model '{model}' is not in the cache, and the hub is switched off (--offline or HF_HUB_OFFLINE); "
+                "run once with the hub to download it"
+            )
         return cached
     return _from_hub(model, revision, on_event, weights)
 

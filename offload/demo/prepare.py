@@ -25,6 +25,7 @@ WAIT_STAGE = "wait for another run-local to build the demo model"
 MODEL_BYTES = 275_000_000  # bf16 checkpoint with tokenizer, rounded up
 _GGUF_BYTES = 98_500_000
 _MARGIN = 32 << 20
+_REMEDY = "make room, or name another folder with RUN_LOCAL_CACHE"
 _MANIFEST = "demo.json"
 _BUILD_VERSION = 1  # raise when the same recipe would be built into other files
 
@@ -91,8 +92,12 @@ def ensure_demo(
         raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise DemoBuildError(f"the disk of {cache_dir} became full while the demo model was built") from error
-        raise DemoBuildError(f"cannot write the demo model below {cache_dir}: {error.strerror or error}") from error
+            raise DemoBuildError(
+                f"the disk of {cache_dir} became full while the demo model was built; {_REMEDY}"
+            ) from error
+        raise DemoBuildError(
+            f"cannot write the demo model below {cache_dir}: {error.strerror or error}; {_REMEDY}"
+        ) from error
     return folder
 
 

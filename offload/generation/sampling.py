@@ -16,13 +16,15 @@ from transformers import (
 )
 
 from offload.config import SamplingSettings
+from offload.errors import ModelError
 
 
 class Sampler:
     """Holds the processors and the random state of one answer.
 
     Settings that are None follow the checkpoint's generation_config. Without ``do_sample`` there and without a
-    sampling flag the choice is greedy; a flag such as ``--top-p`` asks for sampling.
+    sampling flag the choice is greedy; a flag such as ``--top-p`` asks for sampling. Raises ModelError for a value
+    of the generation_config that makes no sense.
     """
 
     def __init__(self, settings: SamplingSettings, defaults: GenerationConfig) -> None:
@@ -40,19 +42,22 @@ class Sampler:
         self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
         self._random = torch.Generator().manual_seed(self.seed)
         self._processors = LogitsProcessorList()
-        if (penalty := value("repetition_penalty", 1.0)) != 1.0:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
-        if self.greedy:
-            return
-        # the order of transformers' generate()
-        if temperature != 1.0:
-            self._processors.append(TemperatureLogitsWarper(float(temperature)))
-        if (top_k := int(value("top_k", 0))) > 0:
-            self._processors.append(TopKLogitsWarper(top_k))
-        if (top_p := value("top_p", 1.0)) < 1.0:
-            self._processors.append(TopPLogitsWarper(float(top_p)))
-        if (min_p := value("min_p", 0.0)) > 0.0:
-            self._processors.append(MinPLogitsWarper(float(min_p)))
+        try:
+            if (penalty := float(value("repetition_penalty", 1.0))) != 1.0:
+                self._processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+            if self.greedy:
+                return
+            # the order of transformers' generate()
+            if temperature != 1.0:
+                self._processors.append(TemperatureLogitsWarper(float(temperature)))
+            if (top_k := int(value("top_k", 0))) > 0:
+                self._processors.append(TopKLogitsWarper(top_k))
+            if (top_p := float(value("top_p", 1.0))) < 1.0:
+                self._processors.append(TopPLogitsWarper(top_p))
+            if (min_p := float(value("min_p", 0.0))) > 0.0:
+                self._processors.append(MinPLogitsWarper(min_p))
+        except (TypeError, ValueError) as error:  # settings are checked already
+            raise ModelError(f"the checkpoint's generation_config.json: {error}; mend it or give the flag") from error
 
     def __call__(self, tokens: list[int], logits: torch.Tensor) -> int:
         """The next token after ``tokens``, given the last position's ``logits`` [V]. Advances the random state."""

@@ -85,6 +85,8 @@ class ExpertRuntime:
         Ids at or beyond the number of experts mean "no expert". Raises Cancelled, or the error of a failed load; the
         cache is consistent afterwards, and loads that had started are finished.
         """
+        if self.cancelled.is_set():
+            raise Cancelled
         if self._recorder is not None:
             self._record(layer, top_k_index, top_k_weights)
         rows = _rows_by_expert(top_k_index, module.num_experts)
@@ -129,12 +131,16 @@ class ExpertRuntime:
 
     def _start_loads(self, misses: list[ExpertKey]) -> list[ExpertKey]:
         """Start as many of ``misses`` as slots can be had for, and take them off the queue."""
-        started = []
-        for key, slot, _ in self.cache.reserve(misses):
+        reserved = self.cache.reserve(misses)
+        for number, (key, slot, _) in enumerate(reserved):
             misses.remove(key)
-            self._tickets[key] = self._lane.load(key, self._arena.buffer(slot))
-            started.append(key)
-        return started
+            try:
+                self._tickets[key] = self._lane.load(key, self._arena.buffer(slot))
+            except BaseException:  # no thread to be had: what has no ticket must not stay loading
+                for load in reserved[number:]:
+                    self.cache.abandon(load.key)
+                raise
+        return [load.key for load in reserved]
 
     def _finish_load(self, key: ExpertKey) -> None:
         ticket = self._tickets.pop(key)

@@ -18,8 +18,10 @@ class PromptEncoder:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason[:300]}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ModelError(
+                f"{folder}: the tokenizer cannot be loaded ({reason[:300]}); fetch the tokenizer's files again"
+            ) from error
 
     @property
     def eos_id(self) -> int | None:

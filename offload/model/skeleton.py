@@ -45,8 +45,8 @@ def load_skeleton(
     api.take_experts(source.model, source.experts)
     keys = {key: source.files[key] for key in source.skeleton_keys}
     api.load_weights(source.model, source.folder, keys, source.dtype, device, on_tensor)
+    on_event(LoadProgress("load", total, total, "bytes"))  # buffers are built, not read
     source.close()
-    on_event(LoadProgress("load", total, total, "bytes"))
     head = source.model.get_output_embeddings()
     if isinstance(head, torch.nn.Module):
         head.register_forward_pre_hook(_plain_strides)

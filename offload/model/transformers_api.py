@@ -140,6 +140,11 @@ def open_safetensors(file: Path) -> Any:
         raise ModelError(f"{file}: the file is damaged or incomplete ({error}); download it again") from error
 
 
+def attends_eagerly(model: PreTrainedModel) -> bool:
+    """Whether attention scores are held in memory as a whole (``eager``) instead of block by block."""
+    return bool(model.config.get_text_config()._attn_implementation == "eager")
+
+
 def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
     """The experts modules of a meta model that still owns its expert parameters; changes nothing.
 

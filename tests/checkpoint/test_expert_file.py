@@ -203,7 +203,9 @@ def test_file_of_another_length(change: int, packed: Path) -> None:
 
 def test_missing_file(packed: Path) -> None:
     (packed / EXPERT_FILE_NAME).unlink()
-    refused(lambda: ExpertFile(packed), rf"{EXPERT_FILE_NAME}: cannot be opened \(No such file")
+    refused(
+        lambda: ExpertFile(packed), rf"{EXPERT_FILE_NAME}: cannot be opened \(No such file .*--remove {packed.name}\)"
+    )
 
 
 def test_folder_without_a_pack(tmp_path: Path) -> None:

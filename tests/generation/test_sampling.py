@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedModel
 
 from offload.config import SamplingSettings
+from offload.errors import ModelError
 from offload.generation.sampling import Sampler
 from tests.tiny_models import VOCAB_SIZE, build_tiny, load_reference
 
@@ -94,6 +95,17 @@ def test_each_field_may_come_from_either_side(name: str) -> None:
     by_flag = draw(SamplingSettings(seed=2, **{name: value}), sampled)
     by_config = draw(SamplingSettings(seed=2), GenerationConfig(do_sample=True, **{name: value}))
     assert by_flag == by_config != draw(SamplingSettings(seed=2), sampled)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -3.0), ("temperature", "hot"), ("top_k", "all"), ("top_p", [0.5]), ("repetition_penalty", -1.0)],
+)
+def test_senseless_generation_config(name: str, value: Any) -> None:
+    defaults = GenerationConfig(do_sample=True)
+    setattr(defaults, name, value)  # as from a file that somebody wrote by hand
+    with pytest.raises(ModelError, match=r"generation_config.json: .* mend it"):
+        Sampler(SamplingSettings(), defaults)
 
 
 # --- seeds ----------------------------------------------------------------------------------------------------------

@@ -196,3 +196,16 @@ def test_bytes_are_counted_by_phase(harness: Harness) -> None:
     transfers, counters = harness.runtime.transfers, harness.cache.counters
     assert transfers.prefill_bytes == counters.prefill.misses * record == 2 * record
     assert transfers.decode_bytes == counters.decode.misses * record > 0
+
+
+def test_a_load_that_cannot_even_start_leaves_nothing_loading(harness: Harness, monkeypatch: Any) -> None:
+    def no_thread(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(DiskLane, "load", no_thread)
+    with pytest.raises(RuntimeError, match="new thread"):
+        harness.module(*event(6))
+    assert harness.cache.resident() == set()
+    harness.cache.check_integrity()
+    monkeypatch.undo()
+    harness.module(*event(6))
