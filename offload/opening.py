@@ -42,8 +42,8 @@ def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
     """The plan, from config.json alone."""
     bound_own_memory()
     resolved = resolve(settings, on_event, weights=False)
-    with contextlib.suppress(ModelError):  # its memory counts, but a folder with a config alone can be planned too
-        PromptEncoder(resolved.folder)
+    with contextlib.suppress(ModelError):  # a folder with a config alone can be planned too
+        _held = PromptEncoder(resolved.folder)  # its memory counts
     try:
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
