@@ -11,7 +11,6 @@ import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -20,6 +19,7 @@ from cache.policies import PolicyError, make_policy
 from cache.trace import TraceRecorder
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
+from offload.devices import SlotArena
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
 from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RunStats, Token
 from offload.generation.sampling import Sampler
@@ -72,7 +72,7 @@ class Engine:
         runtime: ExpertRuntime,
         lane: DiskLane,
         file: ExpertFile,
-        arena: Any,
+        arena: SlotArena,
         recorder: TraceRecorder | None,
         settings: EngineSettings,
     ) -> None:

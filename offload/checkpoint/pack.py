@@ -13,6 +13,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -73,7 +74,7 @@ def pack(
             partial.mkdir(exist_ok=True)
             with start_journal(partial, manifest, checksums) as journal:
                 _write_records(source, manifest, partial / EXPERT_FILE_NAME, checksums, journal, on_event)
-            done = Manifest(**{name: getattr(manifest, name) for name in _FIELDS}, checksums=tuple(checksums))
+            done = replace(manifest, checksums=tuple(checksums))
             done.write(partial)
             _sync_folder(partial)
             os.rename(partial, folder)
@@ -89,9 +90,6 @@ def pack(
                 f"{error.filename or folder}: the pack cannot be written ({error.strerror})"
             ) from error
     return done
-
-
-_FIELDS = ("model", "revision", "model_type", "format", "fingerprint", "layouts", "layers")
 
 
 def _write_records(

@@ -11,10 +11,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 import offload.model.experts  # noqa: F401 - offers the experts function that the model below selects by name
+from offload.checkpoint.model_folder import INDEX_FILE
 from offload.errors import ModelError
 from offload.model import transformers_api as api
-
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass
@@ -104,7 +103,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
     Raises ModelError for a damaged index, a missing shard, and files that the index does not match.
     """
-    index = folder / INDEX_NAME
+    index = folder / INDEX_FILE
     listed: dict[str, str] | None = None
     if index.exists():
         try:
@@ -119,10 +118,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in names:
         if not (folder / name).exists():
-            raise ModelError(f"{folder}: {name} is missing, though {INDEX_NAME} lists it; download it again")
+            raise ModelError(f"{folder}: {name} is missing, though {INDEX_FILE} lists it; download it again")
         handle = api.open_safetensors(folder / name)
         found |= dict.fromkeys(handle.keys(), folder / name)
     lost = sorted(set(listed or ()) - found.keys())
     if lost:
-        raise ModelError(f"{folder}: tensor {lost[0]} is in {INDEX_NAME} but in no file; download the files again")
+        raise ModelError(f"{folder}: tensor {lost[0]} is in {INDEX_FILE} but in no file; download the files again")
     return {key: found[key] for key in listed} if listed else found

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from offload.checkpoint.source import INDEX_NAME, open_source, tensor_files
+from offload.checkpoint.model_folder import INDEX_FILE
+from offload.checkpoint.source import open_source, tensor_files
 from offload.errors import ModelError
 from tests.checkpoint.packs import write_pack
 from tests.tiny_models import build_tiny
@@ -55,7 +56,7 @@ def test_every_tensor_is_an_expert_or_skeleton(model_type: str, tmp_path: Path) 
 
 
 def test_planning_reads_the_config_alone(model: Path) -> None:
-    for file in [*model.glob("*.safetensors"), model / INDEX_NAME]:
+    for file in [*model.glob("*.safetensors"), model / INDEX_FILE]:
         file.unlink()
     source = open_source(model, weights=False)
     assert [(module.layer, module.num_experts) for module in source.experts] == [(n, 8) for n in range(4)]
@@ -65,7 +66,7 @@ def test_planning_reads_the_config_alone(model: Path) -> None:
 
 def test_one_file_without_an_index(tmp_path: Path) -> None:
     folder = build_tiny("mixtral", tmp_path / "model", max_shard_size="1GB", tokenizer=False)
-    assert not (folder / INDEX_NAME).exists()
+    assert not (folder / INDEX_FILE).exists()
     source = open_source(folder)
     assert {file.name for file in source.files.values()} == {"model.safetensors"}
     write_pack(source, tmp_path / "pack")
@@ -89,7 +90,7 @@ def test_files_open_again_after_close(model: Path) -> None:
 
 def test_missing_shard(model: Path) -> None:
     (model / "model-00003-of-00009.safetensors").unlink()
-    refused(model, f"model-00003-of-00009.safetensors is missing, though {INDEX_NAME} lists it; download it again")
+    refused(model, f"model-00003-of-00009.safetensors is missing, though {INDEX_FILE} lists it; download it again")
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, -1])
@@ -106,20 +107,20 @@ def test_header_that_makes_no_sense(model: Path) -> None:
 
 
 def test_index_names_a_tensor_that_is_in_no_file(model: Path) -> None:
-    index = json.loads((model / INDEX_NAME).read_text())
+    index = json.loads((model / INDEX_FILE).read_text())
     index["weight_map"]["model.layers.9.lost"] = "model-00001-of-00009.safetensors"
-    (model / INDEX_NAME).write_text(json.dumps(index))
-    refused(model, f"tensor model.layers.9.lost is in {INDEX_NAME} but in no file; download the files again")
+    (model / INDEX_FILE).write_text(json.dumps(index))
+    refused(model, f"tensor model.layers.9.lost is in {INDEX_FILE} but in no file; download the files again")
 
 
 def test_index_names_the_wrong_file(model: Path, tmp_path: Path) -> None:
     """The files are all there, so the headers decide."""
-    index = json.loads((model / INDEX_NAME).read_text())
+    index = json.loads((model / INDEX_FILE).read_text())
     names = sorted(set(index["weight_map"].values()))
     wrong = dict(zip(names, names[1:] + names[:1], strict=True))
     right = open_source(model).files
     index["weight_map"] = {key: wrong[name] for key, name in index["weight_map"].items()}
-    (model / INDEX_NAME).write_text(json.dumps(index))
+    (model / INDEX_FILE).write_text(json.dumps(index))
     assert open_source(model).files == right
 
 
@@ -127,7 +128,7 @@ def test_index_names_the_wrong_file(model: Path, tmp_path: Path) -> None:
     "content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": []}}', "\udcff"]
 )
 def test_damaged_index(content: str, model: Path) -> None:
-    (model / INDEX_NAME).write_bytes(content.encode(errors="surrogateescape"))
+    (model / INDEX_FILE).write_bytes(content.encode(errors="surrogateescape"))
     refused(model, "the index is damaged .*; download it again")
 
 
@@ -137,7 +138,7 @@ def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> 
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
         file.unlink()
-    (folder / INDEX_NAME).unlink(missing_ok=True)
+    (folder / INDEX_FILE).unlink(missing_ok=True)
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
