@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from offload.config import format_size
 from offload.errors import RunLocalError, UsageError
+from tui.bench import BENCH_SAMPLING_FLAGS, add_bench_flags, given_flags, read_text
 from tui.failures import EXIT_CODES, ExitCode, run_guarded
-from tui.flags import MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, Flag, FlagValues, read_flags
+from tui.flags import FORMAT_FLAGS, MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, Flag, FlagValues, read_flags
 from tui.libraries import hub_is_offline, prepare_libraries
 from tui.text import check_text, decode
 
 if TYPE_CHECKING:
-    from offload.config import EngineSettings
+    from offload.config import EngineSettings, SamplingSettings
     from offload.protocol import ChatEngine
     from tui.screen import Screen
 
@@ -31,6 +32,7 @@ Flags of the groups model, memory, run and sampling can also be set in the envir
 on. A flag wins over its variable. Answers go to stdout, everything else to stderr."""
 _FLAG_GROUPS = {
     "model": MODEL_FLAGS,
+    "format": FORMAT_FLAGS,
     "memory": MEMORY_FLAGS,
     "run": RUN_FLAGS,
     "sampling": SAMPLING_FLAGS,
@@ -66,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
-    chat = _add_command(commands, "chat", _chat, "ask a model", ("model", "memory", "run", "sampling"))
+    chat = _add_command(commands, "chat", _chat, "ask a model", ("model", "format", "memory", "run", "sampling"))
     chat.add_argument(
         "question",
         nargs="?",
@@ -76,19 +78,24 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system prompt (default: none, or the chat template's own)")
     chat.add_argument("--plain", action="store_true", help="the plain console: so far the only front end there is")
 
-    batch = _add_command(commands, "batch", _batch, "answer a file of prompts", ("model", "memory", "run", "sampling"))
+    batch = _add_command(
+        commands, "batch", _batch, "answer a file of prompts", ("model", "format", "memory", "run", "sampling")
+    )
     batch.add_argument("input", metavar="IN.jsonl", help="rows {id, prompt} or {id, messages}; - is standard input")
     batch.add_argument(
         "-o", "--output", required=True, metavar="OUT.jsonl", help="new file for the answers; - is standard output"
     )
     batch.add_argument("--resume", action="store_true", help="go on with OUT.jsonl: skip the rows that it has")
 
-    plan = _add_command(commands, "plan", _plan, "show what memory a model would take", ("model", "memory"))
+    plan = _add_command(commands, "plan", _plan, "show what memory a model would take", ("model", "format", "memory"))
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
-    pack = _add_command(commands, "pack", _pack, "write a model's experts to an expert file", ("model",))
-    pack.add_argument("--format", choices=("native",), default="native", help="format of the records (default: native)")
+    pack = _add_command(commands, "pack", _pack, "write a model's experts to an expert file", ("model", "format"))
     pack.add_argument("-o", "--output", metavar="DIR", help="the pack's own folder (default: one in the packs folder)")
+
+    bench = _add_command(commands, "bench", _bench, "measure speed and quality", ("model", "format", "memory", "run"))
+    _add_flags(bench, "sampling", BENCH_SAMPLING_FLAGS)
+    add_bench_flags(bench)
 
     models = _add_command(commands, "models", _models, "list or remove packs", ())
     _add_flags(models, "model", [flag for flag in MODEL_FLAGS if flag.name == "--experts-dir"])
@@ -104,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     if not hasattr(arguments, "run"):
-        raise UsageError("give a command: chat, batch, plan, pack or models (see run-local --help)")
+        raise UsageError("give a command: chat, batch, plan, pack, bench or models (see run-local --help)")
     values = read_flags(arguments, arguments.flags, os.environ)
     if hub_is_offline(os.environ):
         values.given.setdefault("offline", True)
@@ -247,15 +254,63 @@ def _pack(arguments: argparse.Namespace, values: FlagValues) -> int:
 
     from tui.progress import LoadReporter
     from tui.screen import Screen
+    from tui.tables import by_layer
 
     screen = Screen()
     with LoadReporter(screen) as report:
         from offload.checkpoint.library import pack_model
 
-        pack = pack_model(settings, report, output, arguments.format)
+        pack = pack_model(settings, report, output)
     screen.note(f"{pack.name}: {pack.experts} experts, {format_size(pack.bytes)}")
+    if pack.errors:
+        screen.note("error of the quantised weights relative to the weights (root mean squares):")
+        screen.note(by_layer(pack.errors).rstrip("\n"))
     screen.answer(f"{pack.folder}\n")
     return ExitCode.DONE
+
+
+def _bench(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from offload.bench.command import Host, run_bench
+    from offload.bench.request import BenchRequest
+    from tui.progress import LoadReporter
+    from tui.screen import Screen
+    from tui.tables import table
+
+    def read(parsed: argparse.Namespace, found: FlagValues) -> tuple[BenchRequest, EngineSettings, SamplingSettings]:
+        given = {name: getattr(parsed, name) for name in BenchRequest.field_names()}
+        return BenchRequest(**given | {"compare": tuple(parsed.compare or ())}), found.engine(), found.sampling()
+
+    def read_command_line(flags: list[str]) -> tuple[BenchRequest, EngineSettings]:
+        parsed = build_parser().parse_args(["bench", *flags])
+        return read(parsed, read_flags(parsed, parsed.flags, os.environ))[:2]
+
+    request, settings, sampling = read(arguments, values)
+    text = read_text(request.perplexity) if request.perplexity is not None else None
+    if not request.compare:
+        _check_outputs(values)
+        prepare_libraries(settings.offline)
+    screen = Screen()
+    with LoadReporter(screen) as report:
+        host = Host(
+            settings=settings,
+            sampling=sampling,
+            open_engine=lambda: _open_engine(settings, values, screen),
+            read_flags=read_command_line,
+            command=[*_own_command(), "bench"],
+            given=given_flags(arguments, arguments.flags),
+            on_event=report,
+        )
+        result = run_bench(request, text, host)
+    if arguments.json:
+        screen.answer(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    else:
+        lines = "".join(f"{line}\n" for line in result.summary())
+        screen.answer((lines and lines + "\n") + table(result.rows(), right=result.right))
+    return ExitCode.DONE
+
+
+def _own_command() -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve())]
 
 
 def _models(arguments: argparse.Namespace, values: FlagValues) -> int:

@@ -137,19 +137,20 @@ class ExpertCache:
                 raise ValueError(f"reserve: {key} is resident already")
         wanted = len(keys) if limit is None else min(limit, len(keys))
         victims = self._choose_victims(wanted - len(self._free))
-        reservations = []
-        for key in keys[: min(wanted, len(self._free) + len(victims))]:
-            victim = None
-            if not self._free:
-                victim = victims.pop(0)
-                self._vacate(victim)
-                self.counters.evictions += 1
-            slot = self._free.pop()
-            self._key[slot], self._state[slot], self._slot[key] = key, SlotState.LOADING, slot
-            self._loading.add(key)
-            self.policy.admit(key)
-            reservations.append(Reservation(key, slot, victim))
-        return reservations
+        return self._take_slots(keys[: min(wanted, len(self._free) + len(victims))], victims)
+
+    def reserve_ahead(self, keys: Sequence[ExpertKey]) -> list[Reservation]:
+        """Give slots to some of ``keys``, first ones first, for loads on a prediction: maybe none.
+
+        Resident keys are passed over. At most a quarter of the slots is ever loading after this, so that demand finds
+        slots; what goes is what the policy calls cold, outside the open event and outside ``keys``.
+        """
+        missing = [key for key in keys if key not in self._slot]
+        room = max(0, len(self._key) // 4 - len(self._loading))
+        wanted = missing[:room]
+        blocked = self._event | self._loading | set(keys)
+        victims = self.policy.cold(len(wanted) - len(self._free), blocked)
+        return self._take_slots(wanted[: len(self._free) + len(victims)], victims)
 
     def commit(self, key: ExpertKey) -> None:
         """The load of ``key`` is done. Raises ValueError if it was not loading."""
@@ -201,6 +202,22 @@ class ExpertCache:
             if len(chosen) == n:
                 break
         return chosen
+
+    def _take_slots(self, keys: Sequence[ExpertKey], victims: list[ExpertKey]) -> list[Reservation]:
+        """Free slots first, then those of ``victims``; there are enough of both for all of ``keys``."""
+        reservations = []
+        for key in keys:
+            victim = None
+            if not self._free:
+                victim = victims.pop(0)
+                self._vacate(victim)
+                self.counters.evictions += 1
+            slot = self._free.pop()
+            self._key[slot], self._state[slot], self._slot[key] = key, SlotState.LOADING, slot
+            self._loading.add(key)
+            self.policy.admit(key)
+            reservations.append(Reservation(key, slot, victim))
+        return reservations
 
     def _finish_loading(self, key: ExpertKey) -> None:
         if key not in self._loading:

@@ -20,8 +20,12 @@ _UNITS = {
 DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_PREFILL_CHUNK = 512
-DEFAULT_POLICY = "lru"
+DEFAULT_POLICY = "ewma"
 DEVICES = ("auto", "cpu")
+FORMATS = ("native", "int8", "int4", "int4-g32", "int4-g128", "mixed")
+DENSE_FORMATS = ("native", "int8", "int4")
+KERNELS = ("auto", "torch")
+PREFETCHES = ("off", "next-gate")
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -66,7 +70,8 @@ def _is_number(value: object) -> bool:
 class SamplingSettings:
     """How tokens are chosen. ``None`` means: as the checkpoint's generation_config says, or the library's neutral.
 
-    ``temperature`` 0 is greedy. ``seed`` None draws a fresh one.
+    ``temperature`` 0 is greedy. ``seed`` None draws a fresh one. ``ignore_eos`` goes on to ``max_new_tokens`` past end
+    tokens: it is for measuring, and neither a flag nor a row of a batch can ask for it.
     """
 
     temperature: float | None = None
@@ -77,6 +82,7 @@ class SamplingSettings:
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -100,10 +106,12 @@ class SamplingSettings:
             isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
             "--stop: every stop string must have at least one character",
         )
+        _check(isinstance(self.ignore_eos, bool), "ignore_eos must be True or False")
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(cls))
+        """The fields that a flag or a row of a batch may set."""
+        return tuple(field.name for field in fields(cls) if field.name != "ignore_eos")
 
     def overridden(self, values: dict[str, Any]) -> SamplingSettings:
         """A copy with some fields replaced, as a batch row may ask. Raises UsageError for a bad value."""
@@ -126,7 +134,11 @@ class EngineSettings:
     ram: int | None = None
     residency: float | None = None
     context_tokens: int | None = None
+    format: str = "native"
+    dense_format: str = "native"
+    kernels: str = "auto"
     policy: str = DEFAULT_POLICY
+    prefetch: str = "off"
     experts_dir: Path | None = None
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
     read_workers: int = 4
@@ -140,6 +152,13 @@ class EngineSettings:
             self.device in DEVICES,
             f"--device: '{self.device}' is not one of {', '.join(DEVICES)} (other devices are not supported yet)",
         )
+        for flag, value, known in (
+            ("--format", self.format, FORMATS),
+            ("--dense-format", self.dense_format, DENSE_FORMATS),
+            ("--kernels", self.kernels, KERNELS),
+            ("--prefetch", self.prefetch, PREFETCHES),
+        ):
+            _check(value in known, f"{flag}: '{value}' is not one of {', '.join(known)}")
         _check(self.ram is None or self.ram >= 1, "--ram must be above zero")
         _check(
             self.residency is None or 0 < self.residency <= 1, "--residency must be above 0 and at most 1 (0.5 is half)"

@@ -36,6 +36,11 @@ from offload.protocol import Message
 
 OnEvent = Callable[[LoadProgress | Notice], None]
 
+_SCORED_LOGITS_BYTES = 32 * 2**20
+"""Most logits that one forward pass of :meth:`Engine.score` makes. The plan counts those of one position: these live on
+its margin, and on what a pass of fewer tokens leaves of its activations."""
+_SCORED_PIECE_BYTES = 2 * 2**20
+
 
 def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     """Open ``settings.model``: download or build, plan, pack, load. Progress and notices go to ``on_event``.
@@ -59,7 +64,7 @@ def plan_model(settings: EngineSettings, on_event: OnEvent) -> Plan:
 
 
 class Engine:
-    """One loaded model with one conversation's KV cache. Implements :class:`offload.protocol.ChatEngine`."""
+    """One loaded model with one conversation's KV cache. Implements :class:`offload.protocol.BenchEngine`."""
 
     def __init__(
         self,
@@ -91,12 +96,18 @@ class Engine:
         self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
         self._prefill_chunk = plan.sizes.context_tokens if whole_prompts else settings.prefill_chunk
         self._session = Tally()
+        self._lap = Tally()
+        self._meter: Meter | None = None
         self._seed: int | None = None
         self._requests = self._forwards = 0
         self._closed = False
         self._stop_ids = _stop_ids(generation_config, encoder.eos_id)
         accepted = inspect.signature(model.forward).parameters
         self._forward_options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._vocabulary: int = model.config.get_text_config().vocab_size
+        scored = max(1, _SCORED_LOGITS_BYTES // (model.dtype.itemsize * self._vocabulary))
+        self._score_chunk = min(scored, self._prefill_chunk)
+        self._score_tokens = self._score_chunk if whole_prompts else self.context_tokens
 
     @property
     def model_name(self) -> str:
@@ -120,7 +131,11 @@ class Engine:
 
     def generate(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> Iterator[Event]:
         """See :meth:`offload.protocol.ChatEngine.generate`. The prompt is checked before this returns."""
-        ids = self._encoder.encode(prompt)
+        return self.generate_ids(self._encoder.encode(prompt), sampling)
+
+    def generate_ids(self, ids: Sequence[int], sampling: SamplingSettings) -> Iterator[Event]:
+        """See :meth:`offload.protocol.BenchEngine.generate_ids`. The ids are checked before this returns."""
+        ids = self._checked(ids)
         if len(ids) >= self.context_tokens:
             raise ContextError(
                 f"the prompt has {len(ids)} tokens, but the context holds {self.context_tokens} with at least one new "
@@ -136,8 +151,62 @@ class Engine:
     def cancel(self) -> None:
         self._runtime.cancelled.set()
 
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text`` as a raw prompt. Raises UsageError if there are none."""
+        return self._encoder.encode(text)
+
+    @property
+    def begin_id(self) -> int | None:
+        """The id that the tokenizer puts before every text, if it does so."""
+        return self._encoder.begin_id
+
+    def ordinary_ids(self) -> list[int]:
+        """See :meth:`offload.protocol.BenchEngine.ordinary_ids`."""
+        special = self._encoder.special_ids() | self._stop_ids
+        size = min(self._vocabulary, len(self._encoder.tokenizer))
+        return [token for token in range(size) if token not in special] or list(range(self._vocabulary))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a position has."""
+        return self._vocabulary
+
+    @property
+    def score_tokens(self) -> int:
+        """Most tokens that :meth:`score` takes: the context, or less where a family needs its prompts whole."""
+        return self._score_tokens
+
+    def score(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The logits [n, V] of all positions of ``ids``, in order, a few rows at a time, in float32 on the CPU.
+
+        ``ids`` run from an empty KV cache, in chunks that follow from ``--prefill-chunk`` and the size of the
+        vocabulary alone, and the KV cache forgets them afterwards, also when the caller stops half-way. A piece may be
+        changed in place (under ``torch.inference_mode``).
+
+        Raises UsageError (before the first piece) for ids that are not in the vocabulary or too many, and the error of
+        a failed load.
+        """
+        ids = self._checked(ids)
+        if len(ids) > self._score_tokens:
+            raise UsageError(f"{len(ids)} tokens are more than the {self._score_tokens} that can be scored at once")
+        self._runtime.cancelled.clear()
+        return self._score(ids)
+
+    def reset(self) -> None:
+        """Forget the conversation, so that the next prompt is prefilled anew. The expert cache stays as it is."""
+        self._kv.reset()
+
     def stats(self) -> RunStats:
         return run_stats(self._session, self._labels, self._plan, self._seed)
+
+    def lap(self) -> RunStats:
+        """See :meth:`offload.protocol.BenchEngine.lap`."""
+        now = Tally()
+        now.add(self._session)
+        if self._meter is not None:
+            now.add(self._meter.read())
+        part, self._lap = now.since(self._lap), now
+        return run_stats(part, self._labels, self._plan, self._seed)
 
     def rss_bytes(self) -> int:
         return rss_bytes()
@@ -169,7 +238,7 @@ class Engine:
 
     def _generate(self, ids: list[int], sampler: Sampler, sampling: SamplingSettings) -> Iterator[Event]:
         """The stream of one answer. Always ends with Done, unless the consumer drops it."""
-        meter = Meter(self._runtime.cache, self._runtime)
+        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
         tally = meter.tally
         tally.prompt_tokens = len(ids)
         detokenizer = Detokenizer(self._encoder.tokenizer, ids)
@@ -190,7 +259,7 @@ class Engine:
                 tally.new_tokens += 1
                 if tally.new_tokens == 1:
                     meter.first_token()
-                ended = token in self._stop_ids
+                ended = token in self._stop_ids and not sampling.ignore_eos
                 text = stops.add(detokenizer.flush() if ended else detokenizer.add(token))
                 shown.append(text)
                 yield Token(text, token)
@@ -204,7 +273,7 @@ class Engine:
         except RunLocalError as error:
             reason, failure = "error", str(error)
         finally:
-            self._session.add(meter.finish())
+            self._close_meter(meter)
         tail = "" if stops.found else stops.add(detokenizer.flush()) + stops.flush()
         if tail:
             shown.append(tail)
@@ -220,7 +289,7 @@ class Engine:
         for start in range(reused, len(ids), self._prefill_chunk):
             part = ids[start : start + self._prefill_chunk]
             began = time.perf_counter()
-            logits = self._forward(part, decode=False)
+            logits = self._forward(part, decode=False)[-1]
             tally.prefill_seconds += time.perf_counter() - began
             tally.prefilled_tokens += len(part)
             yield PrefillProgress(start + len(part), len(ids), reused)
@@ -228,16 +297,50 @@ class Engine:
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         began = time.perf_counter()
-        logits = self._forward([token], decode=True)
+        logits = self._forward([token], decode=True)[-1]
         tally.decode_seconds += time.perf_counter() - began
         tally.decode_steps += 1
         return logits
 
-    @torch.inference_mode()
-    def _forward(self, tokens: list[int], *, decode: bool) -> torch.Tensor:
-        """Run ``tokens`` on top of the KV cache; returns the last position's logits [V].
+    def _score(self, ids: list[int]) -> Iterator[torch.Tensor]:
+        """The pieces of :meth:`score`."""
+        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
+        meter.tally.prompt_tokens = len(ids)
+        self._requests += 1
+        rows = max(1, _SCORED_PIECE_BYTES // (4 * self._vocabulary))
+        self.reset()
+        try:
+            for start in range(0, len(ids), self._score_chunk):
+                part = ids[start : start + self._score_chunk]
+                began = time.perf_counter()
+                logits = self._forward(part, decode=False, all_positions=True)
+                meter.tally.prefill_seconds += time.perf_counter() - began
+                meter.tally.prefilled_tokens += len(part)
+                for piece in logits.split(rows):
+                    yield piece.to("cpu", torch.float32, copy=True)  # a view would keep all of them
+                del logits, piece  # before the next pass makes its own
+        finally:
+            self._close_meter(meter)
+            self.reset()
 
-        On any error the KV cache forgets what this pass added.
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        """``ids`` as a list. Raises UsageError if there are none or one is not in the vocabulary."""
+        if not ids:
+            raise UsageError("the prompt is empty")
+        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
+            raise UsageError(f"the prompt has token ids outside of the vocabulary (0 to {self._vocabulary - 1})")
+        return list(ids)
+
+    def _close_meter(self, meter: Meter) -> None:
+        self._session.add(meter.read())
+        if self._meter is meter:
+            self._meter = None
+
+    @torch.inference_mode()
+    def _forward(self, tokens: list[int], *, decode: bool, all_positions: bool = False) -> torch.Tensor:
+        """Run ``tokens`` on top of the KV cache; returns logits [n, V] that end with the last position's.
+
+        ``all_positions``: those of all tokens. On any error the KV cache forgets what this pass added.
         """
         self._forwards += 1
         self._runtime.current = ForwardPass(self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode)
@@ -246,13 +349,13 @@ class Engine:
                 input_ids=torch.tensor([tokens], device=self._model.device),
                 past_key_values=self._kv.cache,
                 use_cache=True,
-                **self._forward_options,
+                **({} if all_positions else self._forward_options),
             )
         except BaseException:
             self._kv.after_failure()
             raise
         self._kv.tokens += tokens
-        logits: torch.Tensor = output.logits[0, -1]
+        logits: torch.Tensor = output.logits[0]
         return logits
 
 

@@ -51,7 +51,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class ExpertStats:
-    """Counts of expert accesses: one for each distinct expert of each event (step and layer)."""
+    """Counts of expert accesses: one for each distinct expert of each event (step and layer).
+
+    ``compute_calls`` counts calls into kernels or libraries that computed experts, over ``events``.
+    """
 
     accesses: int
     hits: int
@@ -62,6 +65,8 @@ class ExpertStats:
     decode_hit_rate: float | None
     prefetched: int
     prefetch_used: int
+    events: int
+    compute_calls: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +78,16 @@ class ByteStats:
 
 @dataclass(frozen=True, slots=True)
 class SecondStats:
-    """Wall time of the generation: ``compute`` is everything but the stalls."""
+    """Wall time of the generation: ``compute`` is everything but the stalls.
+
+    ``disk_busy`` is the time during which at least one read was running, whether compute waited for it or not.
+    """
 
     compute: float
     stall_disk: float
     stall_link: float | None
     total: float
+    disk_busy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,7 @@ class RunStats:
     model: str
     device: str
     format: str
+    dense_format: str
     policy: str
     prefetch: str
     seed: int | None

@@ -9,6 +9,7 @@ import psutil
 
 from cache.expert_cache import ExpertCache
 from offload.events import ByteStats, ExpertStats, MemoryStats, RunStats, SecondStats
+from offload.memory.lanes import DiskLane
 from offload.memory.plan import Plan
 from offload.memory.process import rss_peak_bytes
 from offload.model.experts import ExpertRuntime
@@ -26,6 +27,7 @@ class Tally:
     decode_seconds: float = 0.0
     total_seconds: float = 0.0
     stall_seconds: float = 0.0
+    disk_seconds: float = 0.0
     prefill_bytes: int = 0
     decode_bytes: int = 0
     hits: int = 0
@@ -33,28 +35,41 @@ class Tally:
     misses: int = 0
     decode_hits: int = 0
     decode_accesses: int = 0
+    prefetched: int = 0
+    prefetch_used: int = 0
+    events: int = 0
+    compute_calls: int = 0
     first_token_seconds: list[float] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
+    def since(self, earlier: Tally) -> Tally:
+        """What came on top of ``earlier``, a copy of these sums from before."""
+        part = Tally()
+        for item in fields(self):
+            now, before = getattr(self, item.name), getattr(earlier, item.name)
+            setattr(part, item.name, now[len(before) :] if isinstance(now, list) else now - before)
+        return part
+
 
 class Meter:
-    """One generation's clocks; reads the runtime's counters at its start and end."""
+    """One generation's clocks and what it adds to the runtime's counters."""
 
-    def __init__(self, cache: ExpertCache, runtime: ExpertRuntime) -> None:
+    def __init__(self, cache: ExpertCache, runtime: ExpertRuntime, lane: DiskLane) -> None:
         self.tally = Tally()
         self._cache = cache
         self._runtime = runtime
+        self._lane = lane
         self._started = time.perf_counter()
         self._before = self._counters()
 
     def first_token(self) -> None:
         self.tally.first_token_seconds = [time.perf_counter() - self._started]
 
-    def finish(self) -> Tally:
-        """Close the books; call once."""
+    def read(self) -> Tally:
+        """:attr:`tally`, brought up to now. At the end of the generation and at any time before."""
         for name, value in self._counters().items():
             setattr(self.tally, name, value - self._before[name])
         self.tally.total_seconds = time.perf_counter() - self._started
@@ -70,8 +85,13 @@ class Meter:
             "decode_hits": decode.hits,
             "decode_accesses": decode.accesses,
             "stall_seconds": transfers.stall_seconds,
+            "disk_seconds": self._lane.busy_seconds(),
             "prefill_bytes": transfers.prefill_bytes,
             "decode_bytes": transfers.decode_bytes,
+            "prefetched": transfers.prefetched,
+            "prefetch_used": transfers.prefetch_used,
+            "events": transfers.events,
+            "compute_calls": transfers.compute_calls,
         }
 
 
@@ -82,7 +102,9 @@ class RunLabels:
     model: str
     device: str
     format: str
+    dense_format: str
     policy: str
+    prefetch: str
     start_s: float | None
 
 
@@ -93,8 +115,9 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
         model=labels.model,
         device=labels.device,
         format=labels.format,
+        dense_format=labels.dense_format,
         policy=labels.policy,
-        prefetch="off",
+        prefetch=labels.prefetch,
         seed=seed,
         prompt_tokens=tally.prompt_tokens,
         new_tokens=tally.new_tokens,
@@ -110,8 +133,10 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
             computed_on_cpu=None,  # on the CPU device nothing is computed elsewhere than usual
             hit_rate=_ratio(tally.hits, accesses),
             decode_hit_rate=_ratio(tally.decode_hits, tally.decode_accesses),
-            prefetched=0,
-            prefetch_used=0,
+            prefetched=tally.prefetched,
+            prefetch_used=tally.prefetch_used,
+            events=tally.events,
+            compute_calls=tally.compute_calls,
         ),
         bytes=ByteStats(
             disk_read=tally.prefill_bytes + tally.decode_bytes,
@@ -123,6 +148,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
             stall_disk=tally.stall_seconds,
             stall_link=None,
             total=tally.total_seconds,
+            disk_busy=tally.disk_seconds,
         ),
         memory=MemoryStats(
             rss_peak_bytes=rss_peak_bytes(),

@@ -11,12 +11,17 @@ from transformers import GenerationConfig
 from cache.expert_cache import ExpertCache
 from cache.policies import make_policy
 from cache.trace import TraceRecorder
+from offload.checkpoint.dense_file import ensure_dense
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.hub import ResolvedModel
 from offload.checkpoint.library import OnEvent, ensure_pack
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
+from offload.compute.calibration import crossover
+from offload.compute.choose import expert_compute
+from offload.compute.kernels import load_kernels
+from offload.compute.product import DECODE_BYTES, Products
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import get_device
@@ -27,14 +32,15 @@ from offload.memory.lanes import DiskLane
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
 from offload.meter import RunLabels, seconds_since_process_start
+from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_cache_bytes
+from offload.model.next_gate import NextGate
 from offload.model.prompt import PromptEncoder
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
 
-_FORMAT = "native"
 _DEMO_RESIDENCY = 0.5
 
 
@@ -73,7 +79,15 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
                 "the cache has something to do (--residency 1 holds all)"
             )
         )
-    folder = ensure_pack(source, resolved.name, resolved.revision, _FORMAT, settings.experts_dir, on_event)
+    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME:
+        on_event(
+            Notice(
+                f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
+                "almost four times as many do, at some loss of quality (--dense-format int8 makes room, too)"
+            )
+        )
+    folder = ensure_pack(source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event)
+    products = _products(settings, on_event)
     device = get_device(settings.device)
     with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
         file = undo.enter_context(ExpertFile(folder))
@@ -82,7 +96,10 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         if settings.verify:
             file.verify(on_event)
         modules = source.experts
-        model = load_skeleton(source, device.torch_device, on_event)
+        dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
+        model = load_skeleton(source, device.torch_device, on_event, dense, products)
+        if _quantised(settings):
+            use_grouped_attention(model)
         release_free_memory()
         arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
         undo.callback(arena.close)
@@ -97,14 +114,25 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         recorder = TraceRecorder(
             resolved.name, len(modules), max(module.num_experts for module in modules), int(top_k or 0)
         )
-    runtime = ExpertRuntime(cache, arena, lane, file, get_format(_FORMAT), recorder)
+    weight_format = get_format(settings.format)
+    predictor = NextGate(model, modules) if settings.prefetch == "next-gate" else None
+    compute = expert_compute(weight_format, products)
+    runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
     return {
         "model": model,
         "encoder": encoder,
         "generation_config": generation_config,
         "plan": plan,
-        "labels": RunLabels(resolved.name, device.name, _FORMAT, settings.policy, seconds_since_process_start()),
+        "labels": RunLabels(
+            resolved.name,
+            device.name,
+            settings.format,
+            settings.dense_format,
+            settings.policy,
+            settings.prefetch,
+            seconds_since_process_start(),
+        ),
         "runtime": runtime,
         "lane": lane,
         "file": file,
@@ -114,17 +142,36 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     }
 
 
+def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
+    """What multiplies quantised weights; compiles the kernels if this machine has none yet."""
+    if settings.kernels == "torch" or not _quantised(settings):
+        return Products(None, 0)
+
+    def failed(why: str) -> None:
+        on_event(Notice(f"quantised weights are multiplied by torch alone, many times slower: {why}"))
+
+    kernels = load_kernels(failed)
+    return Products(kernels, crossover(kernels, on_event))
+
+
+def _quantised(settings: EngineSettings) -> bool:
+    return (settings.format, settings.dense_format) != ("native", "native")
+
+
 def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointSource) -> Plan:
     context = _context_tokens(settings, source)
-    weight_format = get_format(_FORMAT)
+    weight_format = get_format(settings.format)
     itemsize = source.dtype.itemsize
     chunk = context if needs_whole_prompts(source.model.config.model_type) else settings.prefill_chunk
     eager = attends_eagerly(source.model)
     sizes = ModelSizes(
-        skeleton_bytes=skeleton_bytes(source.model, source.experts),
+        skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
         kv_bytes=kv_cache_bytes(source.model, context),
-        activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager),
-        slot_bytes=max(weight_format.layout(module.tensors).record_bytes for module in source.experts),
+        activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager)
+        + (DECODE_BYTES if _quantised(settings) else 0),
+        slot_bytes=max(
+            weight_format.layout(module.tensors, module.transposed).record_bytes for module in source.experts
+        ),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
     )

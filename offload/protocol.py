@@ -49,3 +49,27 @@ class ChatEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class BenchEngine(ChatEngine, Protocol):
+    """What measuring takes beside chatting."""
+
+    def generate_ids(self, ids: Sequence[int], sampling: SamplingSettings) -> Iterator[Event]:
+        """As :meth:`ChatEngine.generate`, for a prompt of token ids.
+
+        Raises (before the first event): ``ContextError`` if the ids do not fit, ``UsageError`` if there are none or one
+        is not in the vocabulary.
+        """
+        ...
+
+    def ordinary_ids(self) -> list[int]:
+        """Ids that stand for text: in the vocabulary of model and tokenizer, neither special nor an end token."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the conversation, so that the next prompt is prefilled anew. The expert cache stays as it is."""
+        ...
+
+    def lap(self) -> RunStats:
+        """Statistics since the lap before (or the opening), the running generation up to its last event included."""
+        ...

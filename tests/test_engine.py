@@ -233,8 +233,8 @@ def test_statistics_are_true_sums(engine: Engine) -> None:
     assert stats.memory.expert_slots == 16 and stats.memory.residency == 0.5
     assert (read.host_to_device, stats.seconds.stall_link, stats.memory.vram_peak_bytes) == (None, None, None)
     assert set(stats.to_json()) == {
-        "model", "device", "format", "policy", "prefetch", "seed", "prompt_tokens", "new_tokens", "start_s", "ttft_s",
-        "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds", "memory",
+        "model", "device", "format", "dense_format", "policy", "prefetch", "seed", "prompt_tokens", "new_tokens",
+        "start_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds", "memory",
     }  # fmt: skip
     json.dumps(stats.to_json(), allow_nan=False)
 

@@ -14,7 +14,11 @@ from offload.config import (
     DEFAULT_MAX_NEW_TOKENS,
     DEFAULT_POLICY,
     DEFAULT_PREFILL_CHUNK,
+    DENSE_FORMATS,
     DEVICES,
+    FORMATS,
+    KERNELS,
+    PREFETCHES,
     EngineSettings,
     SamplingSettings,
     parse_size,
@@ -95,6 +99,10 @@ MODEL_FLAGS = (
     Flag("--offline", switch, None, "never use the network; what is not on disk is an error"),
     Flag("--experts-dir", path, "DIR", "folder of packs, or one pack (default: the packs folder in the user's cache)"),
 )
+FORMAT_FLAGS = (
+    Flag("--format", check_text, "FORMAT", f"of the experts' weights: {', '.join(FORMATS)} (default: native)"),
+    Flag("--dense-format", check_text, "FORMAT", f"of all other weights: {', '.join(DENSE_FORMATS)} (default: native)"),
+)
 MEMORY_FLAGS = (
     Flag("--device", check_text, "DEVICE", f"where to compute: {' or '.join(DEVICES)} (default: auto)"),
     Flag("--ram", size_or_auto, "SIZE", "hard budget for all memory of the process: 8GiB, 512MiB, auto (default)"),
@@ -110,6 +118,8 @@ MEMORY_FLAGS = (
 )
 RUN_FLAGS = (
     Flag("--policy", check_text, "SPEC", f"which experts stay: NAME or NAME:KEY=VALUE (default: {DEFAULT_POLICY})"),
+    Flag("--prefetch", check_text, "NAME", f"reads ahead of the router: {' or '.join(PREFETCHES)} (default: off)"),
+    Flag("--kernels", check_text, "NAME", f"products of quantised weights: {' or '.join(KERNELS)} (default: auto)"),
     Flag("--verify", switch, None, "check every checksum of the expert file before starting"),
     Flag("--stats-json", path, "FILE", "write the statistics of the session here at its end (overwrites)"),
     Flag("--trace-out", path, "FILE", "write the routing trace here at the end (overwrites)"),
@@ -125,7 +135,7 @@ SAMPLING_FLAGS = (
     Flag("--seed", whole, "N", "for the same answers again (default: a new one each time)"),
 )
 _ENGINE_FIELDS = {"ctx": "context_tokens"}  # where a flag and its field differ in name
-_ENGINE_FLAGS = (*MODEL_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS)
+_ENGINE_FLAGS = (*MODEL_FLAGS, *FORMAT_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS)
 _FRONT_END_FLAGS = ("stats_json",)
 
 

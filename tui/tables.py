@@ -21,3 +21,13 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         )
         lines.append("  ".join(parts).rstrip() + "\n")
     return "".join(lines)
+
+
+def by_layer(values: Sequence[tuple[int, float]], each_row: int = 8) -> str:
+    """Shares of 1 as percentages, some layers to a line, which starts with its first and last layer's number."""
+    rows = []
+    for start in range(0, len(values), each_row):
+        some = values[start : start + each_row]
+        cells = [f"{value:.2%}" for _, value in some]
+        rows.append([f"layers {some[0][0]}-{some[-1][0]}", *cells, *[""] * (each_row - len(cells))])
+    return table(rows, right=range(1, each_row + 1))

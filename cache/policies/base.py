@@ -43,10 +43,13 @@ class Policy(ABC):
         a set or another collection with a fast ``in``.
         """
 
-    def cold(self, n: int) -> list[ExpertKey]:
-        """At most ``n`` resident keys that a prefetch may displace, coldest first. Changes nothing."""
+    def cold(self, n: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey]:
+        """At most ``n`` resident keys outside ``protected`` that a prefetch may displace, coldest first.
+
+        Changes nothing.
+        """
         while n > 0:
-            keys = self.victims(n, ())
+            keys = self.victims(n, protected)
             if keys is not None:
                 return keys
             n -= 1

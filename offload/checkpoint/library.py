@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from offload.checkpoint.journal import JOURNAL_NAME, PARTIAL_SUFFIX
 from offload.checkpoint.lock import pack_lock
-from offload.checkpoint.manifest import EXPERT_FILE_NAME, MANIFEST_NAME, Manifest
+from offload.checkpoint.manifest import DENSE_FILE_NAMES, EXPERT_FILE_NAME, MANIFEST_NAME, Manifest
 from offload.config import EngineSettings, format_size
 from offload.errors import ExpertFileError, UsageError
 from offload.events import LoadProgress, Notice
@@ -26,7 +26,10 @@ OnEvent = Callable[[LoadProgress | Notice], None]
 
 @dataclass(frozen=True, slots=True)
 class PackInfo:
-    """One pack. ``bytes`` is its size on disk; an incomplete one has no model, format or experts to tell of."""
+    """One pack. ``bytes`` is its size on disk; an incomplete one has no model, format or experts to tell of.
+
+    ``errors`` has a pair (layer, relative error as in the manifest) for each layer that was quantised.
+    """
 
     name: str
     folder: Path
@@ -36,6 +39,7 @@ class PackInfo:
     bytes: int
     experts: int
     complete: bool
+    errors: tuple[tuple[int, float], ...] = ()
 
 
 def list_packs(root: Path | None = None) -> list[PackInfo]:
@@ -67,7 +71,8 @@ def remove_pack(name: str, root: Path | None = None) -> PackInfo:
     with pack_lock(folder.with_name(folder.name.removesuffix(PARTIAL_SUFFIX))):
         try:
             # the manifest first: a half-removed pack must not look whole
-            for file in (MANIFEST_NAME, EXPERT_FILE_NAME, JOURNAL_NAME, f"{JOURNAL_NAME}.new"):
+            dense = [name + ending for name in DENSE_FILE_NAMES.values() for ending in ("", PARTIAL_SUFFIX)]
+            for file in (MANIFEST_NAME, *dense, EXPERT_FILE_NAME, JOURNAL_NAME, f"{JOURNAL_NAME}.new"):
                 (folder / file).unlink(missing_ok=True)
             folder.resolve().rmdir()
             if folder.is_symlink():
@@ -77,21 +82,24 @@ def remove_pack(name: str, root: Path | None = None) -> PackInfo:
     return found
 
 
-def pack_model(
-    settings: EngineSettings, on_event: OnEvent, output: Path | None = None, format: str = "native"
-) -> PackInfo:
+def pack_model(settings: EngineSettings, on_event: OnEvent, output: Path | None = None) -> PackInfo:
     """Pack ``settings.model`` (download or build it first where needed) and return the pack, new or already there.
 
     ``output`` names the pack's folder; by default it goes where ``chat`` and ``batch`` look for it.
     """
+    from offload.checkpoint.dense_file import ensure_dense
     from offload.checkpoint.expert_file import ExpertFile
     from offload.checkpoint.resolve import resolve
     from offload.checkpoint.source import open_source
 
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
-    folder = ensure_pack(source, resolved.name, resolved.revision, format, settings.experts_dir, on_event, output)
+    folder = ensure_pack(
+        source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event, output
+    )
     ExpertFile(folder).close()  # one that was there already may have lost its end
+    if dense := ensure_dense(source, folder, resolved.name, settings.dense_format, on_event):
+        dense.close()
     return _describe(folder)
 
 
@@ -140,16 +148,39 @@ def ensure_pack(
 
 
 def check_pack(folder: Path, found: Manifest, wanted: Manifest) -> None:
-    """Raises ExpertFileError unless the pack was made from this checkpoint in this format and layout."""
+    """Raises ExpertFileError, saying what differs, unless the pack was made from this checkpoint in this format."""
     if found.fingerprint != wanted.fingerprint or found.model_type != wanted.model_type:
         raise ExpertFileError(
             f"{folder}: this pack was made from another checkpoint ({found.model}, {found.model_type}); "
             f"remove it or name another folder for {wanted.model}"
         )
-    if (found.format, found.layouts, found.layers) != (wanted.format, wanted.layouts, wanted.layers):
+    if found.format != wanted.format:
         raise ExpertFileError(
-            f"{folder}: the records of this pack are laid out for another version or format; remove it and pack again"
+            f"{folder}: the format of this pack is {found.format}, not {wanted.format}; use --format {found.format}, "
+            "or name another folder"
         )
+    if difference := _difference(found, wanted):
+        raise ExpertFileError(
+            f"{folder}: laid out for another version of run-local ({difference}); remove it and pack again"
+        )
+
+
+def _difference(found: Manifest, wanted: Manifest) -> str | None:
+    """The first difference between the records of two packs of one checkpoint and format, or None."""
+    modules = [[(layer.layer, layer.path, layer.experts) for layer in manifest.layers] for manifest in (found, wanted)]
+    if modules[0] != modules[1]:
+        return "its layers are others than the model's"
+    for mine, theirs in zip(found.layers, wanted.layers, strict=True):
+        layouts = found.layouts[mine.layout], wanted.layouts[theirs.layout]
+        here, there = ({t.name: f"{t.dtype} {list(t.shape)}" for t in layout.tensors} for layout in layouts)
+        for name in sorted(here.keys() | there.keys()):
+            if here.get(name) != there.get(name):
+                return (
+                    f"layer {mine.layer}, {name}: {here.get(name, 'nothing')} instead of {there.get(name, 'nothing')}"
+                )
+        if layouts[0] != layouts[1] or mine.offset != theirs.offset:
+            return f"layer {mine.layer}: its tensors stand at other places"
+    return None
 
 
 def pack_name(manifest: Manifest) -> str:
@@ -192,4 +223,9 @@ def _describe(folder: Path) -> PackInfo:
         blocks * 512,
         manifest.num_records,
         complete=length == manifest.total_bytes and not folder.name.endswith(PARTIAL_SUFFIX),
+        errors=tuple(
+            (layer.layer, error)
+            for layer, error in zip(manifest.layers, manifest.errors, strict=True)
+            if error is not None
+        ),
     )

@@ -6,17 +6,21 @@ docs/formats.md describes both files.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from offload.config import DENSE_FORMATS
 from offload.errors import ExpertFileError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)  # version 1 had no errors
 RECORD_ALIGNMENT = 4096  # O_DIRECT wants offsets, lengths and addresses in blocks; 4 KiB serves every disk
 MANIFEST_NAME = "manifest.json"
 EXPERT_FILE_NAME = "experts.bin"
+DENSE_FILE_NAMES = {name: f"dense-{name}.safetensors" for name in DENSE_FORMATS if name != "native"}
 
 
 def align(offset: int, alignment: int) -> int:
@@ -57,7 +61,11 @@ class LayerLayout:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``checksums`` holds one CRC-32 a record, in file order. ``fingerprint`` identifies the checkpoint."""
+    """``checksums`` holds one CRC-32 a record, in file order. ``fingerprint`` identifies the checkpoint.
+
+    ``errors`` holds, in the order of ``layers``, the root mean square error of the experts' quantised weights relative
+    to the weights' own root mean square; None where nothing is quantised or the pack does not say.
+    """
 
     model: str
     revision: str | None
@@ -67,6 +75,7 @@ class Manifest:
     layouts: tuple[RecordLayout, ...]
     layers: tuple[LayerLayout, ...]
     checksums: tuple[int, ...]
+    errors: tuple[float | None, ...]
     format_version: int = FORMAT_VERSION
 
     @property
@@ -107,11 +116,13 @@ class Manifest:
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version = data["format_version"]
-            if version != FORMAT_VERSION:
+            if version not in _READABLE or isinstance(version, bool):
                 raise ExpertFileError(
                     f"{path}: written by another version of run-local (manifest version {version}, this one reads "
-                    f"{FORMAT_VERSION}); {remedy}"
+                    f"{_READABLE[0]} to {_READABLE[-1]}); {remedy}"
                 )
+            if version == 1:
+                data.setdefault("errors", [None] * len(data["layers"]))
             data["layouts"] = tuple(
                 RecordLayout(
                     layout["record_bytes"],
@@ -121,6 +132,7 @@ class Manifest:
             )
             data["layers"] = tuple(LayerLayout(**layer) for layer in data["layers"])
             data["checksums"] = tuple(data["checksums"])
+            data["errors"] = tuple(data["errors"])
             manifest = cls(**data)
             manifest._check()
         except FileNotFoundError:
@@ -149,3 +161,8 @@ class Manifest:
             raise ValueError("two entries for one layer")
         if not self.layers or len(self.checksums) != self.num_records:
             raise ValueError(f"{len(self.checksums)} checksums for {self.num_records} records")
+        if len(self.errors) != len(self.layers):
+            raise ValueError(f"{len(self.errors)} errors for {len(self.layers)} layers")
+        for error in self.errors:
+            if error is not None and not (isinstance(error, float | int) and 0 <= error < math.inf):
+                raise ValueError(f"an error of {error}")

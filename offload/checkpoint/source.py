@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import offload.model.experts  # noqa: F401 - offers the experts function that the model below selects by name
 from offload.checkpoint.model_folder import INDEX_FILE
+from offload.checkpoint.reading import KeepInPlace, Staging, TensorFiles
 from offload.errors import ModelError
 from offload.model import transformers_api as api
 
@@ -33,11 +37,35 @@ class CheckpointSource:
     skeleton_keys: list[str]
     _handles: dict[Path, Any] = field(default_factory=dict)
 
-    def read_expert(self, module: api.ExpertsModule, expert: int) -> dict[str, torch.Tensor]:
+    def __post_init__(self) -> None:
+        self._tensors = TensorFiles(self.files)
+
+    def read_expert(
+        self, module: api.ExpertsModule, expert: int, staging: Staging | None = None
+    ) -> dict[str, torch.Tensor]:
         """The tensors of one expert as stock transformers would load them, in the model's dtype, on the CPU.
 
-        Raises ModelError if the checkpoint's tensors are damaged or have other shapes than the config says.
+        With ``staging`` they stand there, as far as they need no conversion, and are good until it is reset. Raises
+        ModelError if the checkpoint's tensors are damaged or have other shapes than the config says.
         """
+        if staging is not None:
+            with KeepInPlace():
+                return self._read_expert(module, expert, partial(self._stage, staging))
+        return self._read_expert(module, expert, self._read)
+
+    def announce_expert(self, module: api.ExpertsModule, expert: int) -> None:
+        """Let the system start reading what :meth:`read_expert` will ask for soon."""
+        for name in module.tensors:
+            source = self.expert_sources[module.path, name]
+            for pattern, keys in source.keys.items():
+                if source.converter is None or "*" not in pattern:
+                    self._tensors.announce(keys[0], slice(expert, expert + 1))
+                elif expert < len(keys):
+                    self._tensors.announce(keys[expert], slice(None))
+
+    def _read_expert(
+        self, module: api.ExpertsModule, expert: int, read: Callable[[str, slice], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         tensors = {}
         for name, (shape, dtype) in module.tensors.items():
             target = f"{module.path}.{name}"
@@ -50,7 +78,7 @@ class CheckpointSource:
                         f"{self.folder}: there are weights of {count} experts ({keys[0]}), but config.json says "
                         f"{module.num_experts}"
                     )
-            tensor = api.convert_expert(self.model, target, source, expert, self._read)
+            tensor = api.convert_expert(self.model, target, source, expert, read)
             if tuple(tensor.shape) != shape:
                 raise ModelError(
                     f"{self.folder}: expert {expert} of {target} has shape {tuple(tensor.shape)}, "
@@ -59,9 +87,35 @@ class CheckpointSource:
             tensors[name] = tensor.to(dtype)
         return tensors
 
+    def find_parameters(self, names: Collection[str]) -> list[api.ParameterSource]:
+        """What makes up the parameters ``names`` of the skeleton; some may have nothing in the checkpoint.
+
+        Raises ModelError if a checkpoint tensor makes up one of them and another parameter too.
+        """
+        return api.find_sources(self.model, names, self.skeleton_keys)
+
+    def read_parameters(self, found: api.ParameterSource, block: int) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(parameter, first row, rows) until all rows were given, in order, on the CPU, in the checkpoint's dtype.
+
+        Matrices that stand in the checkpoint as they are come in parts of about ``block`` weights, each good until the
+        next; those that must be converted are converted as a whole. Raises ModelError if a tensor is damaged.
+        """
+        if found.source.converter is not None:
+            for name, tensor in api.convert_parameters(self.model, found, self._read).items():
+                yield name, 0, tensor
+            return
+        key = next(iter(found.source.keys.values()))[0]
+        shape = self._shape(key)
+        step = max(1, block // max(1, math.prod(shape[1:])))
+        staging = Staging()
+        for first in range(0, shape[0] if shape else 0, step):
+            staging.reset()
+            yield found.parameters[0], first, self._stage(staging, key, slice(first, min(first + step, shape[0])))
+
     def close(self) -> None:
         """Close the checkpoint's files; they open again when needed."""
         self._handles.clear()
+        self._tensors.close()
 
     def _handle(self, file: Path) -> Any:
         if file not in self._handles:
@@ -70,8 +124,16 @@ class CheckpointSource:
 
     def _rows(self, key: str) -> int:
         """Length of a checkpoint tensor along its first dimension."""
-        shape = self._handle(self.files[key]).get_slice(key).get_shape()
-        return int(shape[0]) if shape else 0
+        shape = self._shape(key)
+        return shape[0] if shape else 0
+
+    def _shape(self, key: str) -> list[int]:
+        shape: list[int] = self._handle(self.files[key]).get_slice(key).get_shape()
+        return shape
+
+    def _stage(self, staging: Staging, key: str, rows: slice) -> torch.Tensor:
+        staged = self._tensors.read(key, rows, staging)
+        return self._read(key, rows) if staged is None else staged
 
     def _read(self, key: str, rows: slice) -> torch.Tensor:
         file = self.files[key]

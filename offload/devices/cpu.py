@@ -29,6 +29,8 @@ class CpuSlotArena(SlotArena):
             raise BudgetError(
                 f"the system refuses {format_size(slots * slot_bytes)} for expert slots ({error}); give a smaller --ram"
             ) from error
+        with contextlib.suppress(AttributeError, OSError):  # fewer page faults and table walks; not everywhere
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = memoryview(self._map)
         # not torch.frombuffer: it does not keep the mapping from being closed under a live tensor
         self._tensor = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))

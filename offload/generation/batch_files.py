@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -82,10 +82,12 @@ def batch_settings(engine: EngineSettings, sampling: SamplingSettings, base_seed
         "model": str(folder.resolve()) if folder.is_dir() else engine.model,
         "revision": engine.revision,
         "device": engine.device,
-        "format": "native",
+        "format": engine.format,
+        # only where it is not the default, so that batches begun before the flag was there go on
+        **({} if engine.dense_format == "native" else {"dense_format": engine.dense_format}),
         "ctx": engine.context_tokens,
         "prefill_chunk": engine.prefill_chunk,
-        **asdict(sampling),
+        **{name: getattr(sampling, name) for name in SamplingSettings.field_names()},
         "stop": list(sampling.stop),
         "seed": base_seed,
     }

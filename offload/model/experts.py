@@ -1,9 +1,4 @@
-"""The experts function: runs one event of routed experts out of the expert cache.
-
-Bit for bit the same as transformers' ``eager`` experts, whatever is resident: each expert's product is computed on its
-own, over its tokens in ``eager``'s order, and the products are summed in ascending order of expert, whenever they
-were computed.
-"""
+"""The experts function: runs one event of routed experts out of the expert cache."""
 
 from __future__ import annotations
 
@@ -13,15 +8,16 @@ from typing import Any
 
 import torch
 
-from cache.expert_cache import ExpertCache, SlotState
+from cache.expert_cache import ExpertCache, Lookup, SlotState
 from cache.keys import ExpertKey
 from cache.trace import DECODE, PREFILL, TraceRecorder
 from offload.checkpoint.expert_file import ExpertFile
-from offload.checkpoint.formats import WeightFormat
+from offload.checkpoint.formats import WeightFormat, Weights
+from offload.compute.base import EventCompute, ExpertCompute
 from offload.devices import SlotArena
 from offload.errors import Cancelled
 from offload.memory.lanes import DiskLane, Ticket
-from offload.model.families import sum_dtype
+from offload.model.next_gate import NextGate
 from offload.model.transformers_api import ExpertsModule, register_experts_function
 
 
@@ -40,11 +36,20 @@ class ForwardPass:
 
 @dataclass(slots=True)
 class TransferCounters:
-    """Sums since the start: bytes read from disk, and the seconds that compute waited for them."""
+    """Sums since the start: bytes read from disk, the seconds that compute waited for them, loads on a prediction and
+    those of them that an event used, events, and the calls that computed their experts."""
 
     prefill_bytes: int = 0
     decode_bytes: int = 0
     stall_seconds: float = 0.0
+    prefetched: int = 0
+    prefetch_used: int = 0
+    events: int = 0
+    compute_calls: int = 0
+
+
+_WAVE = 4
+"""Hits that are computed together while records wait for their slots: few, so that reads start early."""
 
 
 class ExpertRuntime:
@@ -57,7 +62,9 @@ class ExpertRuntime:
         lane: DiskLane,
         file: ExpertFile,
         weight_format: WeightFormat,
+        compute: ExpertCompute,
         recorder: TraceRecorder | None = None,
+        predictor: NextGate | None = None,
     ) -> None:
         self.cache = cache
         self.current = ForwardPass()
@@ -67,9 +74,13 @@ class ExpertRuntime:
         self._lane = lane
         self._file = file
         self._format = weight_format
+        self._compute = compute
         self._recorder = recorder
+        self._predictor = predictor
+        self._ahead: dict[ExpertKey, Ticket] = {}  # prefetches under way
+        self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
         self._tickets: dict[ExpertKey, Ticket] = {}
-        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # (slot, record layout) -> weights
+        self._views: dict[tuple[int, int], Weights] = {}  # (slot, record layout) -> weights
 
     def attach(self, modules: list[ExpertsModule]) -> None:
         """Serve these experts modules. Changes the modules: each remembers this runtime and its layer."""
@@ -89,51 +100,72 @@ class ExpertRuntime:
             raise Cancelled
         if self._recorder is not None:
             self._record(layer, top_k_index, top_k_weights)
-        rows = _rows_by_expert(top_k_index, module.num_experts)
-        found = self.cache.lookup(layer, rows, decode=self.current.decode)
-        products: dict[int, torch.Tensor] = {}
-
-        def compute(key: ExpertKey) -> None:
-            tokens, positions = rows[key.expert]
-            states = hidden if tokens is None else hidden[tokens]
-            weights = top_k_weights[:, positions] if tokens is None else top_k_weights[tokens, positions, None]
-            products[key.expert] = _expert_product(module, self._weights(key), states) * weights
-            self.cache.release(key)
-
+        event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
+        self._take_arrivals()
+        found = self.cache.lookup(layer, event.experts, decode=self.current.decode)
+        self._sort_prefetches(layer, found)
         misses = list(found.misses)
         loading = [*found.pending]
+        hits = list(found.hits)
         try:
             loading += self._start_loads(misses)  # before the hits compute, so that both happen at once
-            for key in found.hits:
-                compute(key)
-                if misses:  # this key's slot may be the one that a miss waits for
+            if self._predictor is not None and self.current.decode and not misses:
+                self._prefetch(self._predictor.predict(layer, hidden, top_k_index.shape[1]))
+            while hits:
+                some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
+                del hits[: len(some)]
+                self._compute_ready(event, some)
+                if misses:
                     loading += self._start_loads(misses)
-            while loading:
+            while loading or misses:
                 if self.cancelled.is_set():
                     raise Cancelled
-                key = next((key for key in loading if self._tickets[key].ready()), loading[0])
-                loading.remove(key)
-                self._finish_load(key)
-                compute(key)
+                if not loading:  # prefetches hold the slots that are left
+                    self._settle(next(iter(self._ahead)), self._ahead)
+                arrived = self._arrived(loading)
+                for key in arrived:
+                    loading.remove(key)
+                    self._finish_load(key)
+                if arrived:
+                    self._compute_ready(event, arrived)
                 if misses:
                     loading += self._start_loads(misses)
         finally:
             for key in loading:  # only after an error or a cancel
-                self._settle(key)
+                self._settle(key, self._tickets)
             self.cache.end_event()
-        return _combine(hidden, rows, products, sum_dtype(module, hidden, top_k_weights))
+            self.transfers.events += 1
+            self.transfers.compute_calls += event.calls
+        return event.result()
 
     def close(self) -> None:
         """Finish or drop all loads in flight."""
-        for key in list(self._tickets):
-            self._settle(key)
+        for tickets in (self._tickets, self._ahead):
+            for key in list(tickets):
+                self._settle(key, tickets)
         self._views.clear()
+
+    def _arrived(self, loading: list[ExpertKey]) -> list[ExpertKey]:
+        """What to wait for and compute next.
+
+        One token takes an expert less time than another call would cost, so all loads are awaited; with many tokens
+        the first to arrive are computed while the rest is on its way.
+        """
+        if self.current.decode:
+            return list(loading)
+        return [key for key in loading if self._tickets[key].ready()] or loading[:1]
+
+    def _compute_ready(self, event: EventCompute, ready: list[ExpertKey]) -> None:
+        event.compute(ready)
+        for key in ready:
+            self.cache.release(key)
 
     def _start_loads(self, misses: list[ExpertKey]) -> list[ExpertKey]:
         """Start as many of ``misses`` as slots can be had for, and take them off the queue."""
         reserved = self.cache.reserve(misses)
-        for number, (key, slot, _) in enumerate(reserved):
+        for number, (key, slot, victim) in enumerate(reserved):
             misses.remove(key)
+            self._unused.discard(victim)  # type: ignore[arg-type]
             try:
                 self._tickets[key] = self._lane.load(key, self._arena.buffer(slot))
             except BaseException:  # no thread to be had: what has no ticket must not stay loading
@@ -152,19 +184,55 @@ class ExpertRuntime:
             raise
         self.cache.commit(key)
         self.transfers.stall_seconds += stalled
+        self._count_bytes(size)
+
+    def _count_bytes(self, size: int) -> None:
         if self.current.decode:
             self.transfers.decode_bytes += size
         else:
             self.transfers.prefill_bytes += size
 
-    def _settle(self, key: ExpertKey) -> None:
+    def _settle(self, key: ExpertKey, tickets: dict[ExpertKey, Ticket]) -> None:
         """Wait until nothing writes to the key's slot, then keep or give up the slot. Raises nothing."""
-        if self._tickets.pop(key).settle():
+        if tickets.pop(key).settle():
             self.cache.commit(key)
         else:
             self.cache.abandon(key)
+            self._unused.discard(key)
 
-    def _weights(self, key: ExpertKey) -> dict[str, torch.Tensor]:
+    def _prefetch(self, predicted: tuple[int, list[int]] | None) -> None:
+        """Load what the next event will probably need, in time that the disk has left."""
+        if predicted is None:
+            return
+        layer, experts = predicted
+        for key, slot, victim in self.cache.reserve_ahead([ExpertKey(layer, expert) for expert in experts]):
+            self._unused.discard(victim)  # type: ignore[arg-type]
+            self._ahead[key] = self._lane.load(key, self._arena.buffer(slot), prefetch=True)
+            self._unused.add(key)
+            self.transfers.prefetched += 1
+
+    def _take_arrivals(self) -> None:
+        """Make the prefetches that have arrived ready; one that failed is forgotten: a demand will tell why."""
+        for key in [key for key, ticket in self._ahead.items() if ticket.ready()]:
+            size = self._ahead[key].size
+            self._settle(key, self._ahead)
+            self._count_bytes(size)
+
+    def _sort_prefetches(self, layer: int, found: Lookup) -> None:
+        """Those that this event needs become its loads; those that came too late are dropped if they have not begun."""
+        for key in found.pending:
+            if ticket := self._ahead.pop(key, None):
+                ticket.promote()
+                self._tickets[key] = ticket
+        for key in [key for key in self._ahead if key.layer == layer]:
+            if self._ahead[key].drop():
+                self._settle(key, self._ahead)
+        if self._unused:
+            used = self._unused.intersection(found.hits) | self._unused.intersection(found.pending)
+            self._unused -= used
+            self.transfers.prefetch_used += len(used)
+
+    def _weights(self, key: ExpertKey) -> Weights:
         assert self.cache.state(key) is SlotState.READY
         slot = self.cache.slot(key)
         layout = self._file.layout(key.layer)
@@ -198,54 +266,3 @@ def _experts_function(
 
 
 register_experts_function(_experts_function)
-
-Rows = dict[int, tuple[torch.Tensor | None, Any]]
-"""Of each selected expert, in ascending order: its tokens and, for each, the position among the token's top k.
-Tokens None stands for "the only token" and goes with a slice of one position."""
-
-
-def _rows_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Rows:
-    """Sort the tokens of an event by expert; within an expert by position, then token, as ``eager`` does."""
-    tokens, k = top_k_index.shape
-    if tokens == 1:
-        chosen = top_k_index[0].tolist()
-        if len(set(chosen)) == len(chosen):
-            return {
-                e: (None, slice(i, i + 1)) for e, i in sorted(zip(chosen, range(k), strict=True)) if e < num_experts
-            }
-    flat = top_k_index.t().reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    rows: Rows = {}
-    for expert, part in zip(experts.tolist(), order.split(counts.tolist()), strict=True):
-        if expert < num_experts:
-            rows[expert] = (part % tokens, part // tokens)
-    return rows
-
-
-def _expert_product(module: Any, weights: dict[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """One expert over its tokens [n, H] -> [n, H], not yet weighted by the router."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    states = _linear(module, states, weights[name], weights.get(f"{name}_bias"))
-    states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
-    states = _linear(module, states, weights["down_proj"], weights.get("down_proj_bias"))
-    return module.post_expert_norm(states) if module.has_post_expert_norm else states
-
-
-def _linear(module: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if module.is_transposed:
-        product = states @ weight
-        return product if bias is None else product + bias
-    return torch.nn.functional.linear(states, weight, bias)
-
-
-def _combine(hidden: torch.Tensor, rows: Rows, products: dict[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The sum of the products in ascending order of expert, summed in ``dtype``; [T, H] in the dtype of ``hidden``."""
-    total = torch.zeros_like(hidden, dtype=dtype)
-    for expert, (tokens, _) in rows.items():
-        product = products[expert].view(-1, hidden.shape[-1]).to(dtype)
-        if tokens is None:
-            total += product
-        else:
-            total.index_add_(0, tokens, product)
-    return total.to(hidden.dtype)

@@ -13,6 +13,8 @@ import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from offload.model.attention import KEY_BLOCK
+
 
 class PreallocatedLayer(DynamicLayer):
     """Keys and values [1, heads, tokens, head_dim], views into buffers of ``capacity`` tokens."""
@@ -27,6 +29,7 @@ class PreallocatedLayer(DynamicLayer):
             states.new_empty((*states.shape[:2], self.capacity, states.shape[3]))
             for states in (key_states, value_states)
         )
+        self._cleared = 0
         self.keys, self.values = (buffer[:, :, :0] for buffer in self._buffers)
 
     def update(
@@ -39,6 +42,11 @@ class PreallocatedLayer(DynamicLayer):
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a KV cache of {self.capacity}")
         keys, values = self._buffers
+        if end > self._cleared:  # attention may look at whole blocks, and what is not a number stays none times zero
+            cleared = min(-(-end // KEY_BLOCK) * KEY_BLOCK, self.capacity)
+            for buffer in self._buffers:
+                buffer[:, :, end:cleared].zero_()
+            self._cleared = cleared
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]

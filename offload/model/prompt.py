@@ -28,6 +28,16 @@ class PromptEncoder:
         eos: int | None = self.tokenizer.eos_token_id
         return eos
 
+    @property
+    def begin_id(self) -> int | None:
+        """The token that :meth:`encode` puts before every raw prompt, if it does so."""
+        begin: int | None = self.tokenizer.bos_token_id
+        return begin if self.tokenizer("a")["input_ids"][:1] == [begin] else None
+
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: special tokens and what was added to the vocabulary."""
+        return frozenset((*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", ())))
+
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of a raw prompt (with the tokenizer's own special tokens) or of a conversation.
 

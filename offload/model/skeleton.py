@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from offload.checkpoint.dense_file import DenseFile
 from offload.checkpoint.source import CheckpointSource
+from offload.compute.product import Products
 from offload.events import LoadProgress
+from offload.memory.process import release_free_memory
 from offload.model import transformers_api as api
+from offload.model.dense import DenseMatrix, find_dense, replace_dense
 
 
-def skeleton_bytes(model: PreTrainedModel, experts: list[api.ExpertsModule]) -> int:
-    """Bytes of all weights and buffers but the routed experts', tied embeddings counted once. Reads nothing."""
-    ours = {f"{found.path}.{name}" for found in experts for name in found.tensors}
-    size = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in ours)
-    size += sum(b.numel() * b.element_size() for b in model.buffers())
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if (
-        getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-        and head is not None
-        and head is not embedding
-    ):
-        size -= embedding.weight.numel() * embedding.weight.element_size()  # type: ignore[operator, union-attr]
-    return size
+def skeleton_bytes(model: PreTrainedModel, experts: list[api.ExpertsModule], dense_format: str = "native") -> int:
+    """Bytes of all weights and buffers but the routed experts', tied weights counted once. Reads nothing.
+
+    ``model`` is on the meta device and still owns its expert parameters.
+    """
+    return _held_bytes(model, experts, find_dense(model, experts, dense_format))
 
 
 def load_skeleton(
-    source: CheckpointSource, device: torch.device, on_event: Callable[[LoadProgress], None]
+    source: CheckpointSource,
+    device: torch.device,
+    on_event: Callable[[LoadProgress], None],
+    dense: DenseFile | None = None,
+    products: Products | None = None,
 ) -> PreTrainedModel:
     """Load everything but the experts onto ``device``, in the checkpoint's dtype. Consumes ``source.model``.
 
-    Raises ModelError if a weight is missing, damaged or of another shape.
+    What stands in ``dense``, which is closed, is taken from there, stays as it is and is multiplied by ``products``.
+    Raises ModelError if a weight is missing, damaged or of another shape, ExpertFileError if the dense file is damaged.
     """
-    total = skeleton_bytes(source.model, source.experts)
+    model = source.model
+    total = _held_bytes(model, source.experts, dense.matrices if dense is not None else ())
     done = 0
 
     def on_tensor(size: int) -> None:
@@ -42,15 +45,32 @@ def load_skeleton(
         done += size
         on_event(LoadProgress("load", min(done, total), total, "bytes"))
 
-    api.take_experts(source.model, source.experts)
-    keys = {key: source.files[key] for key in source.skeleton_keys}
-    api.load_weights(source.model, source.folder, keys, source.dtype, device, on_tensor)
+    keys = source.skeleton_keys
+    api.take_experts(model, source.experts)
+    if dense is not None:
+        assert products is not None
+        for matrix in dense.matrices:
+            replace_dense(model, matrix, dense.read(matrix, on_tensor), products)
+        keys = [key for key in keys if key not in dense.keys]
+        dense.close()
+        release_free_memory()
+    api.load_weights(model, source.folder, {key: source.files[key] for key in keys}, source.dtype, device, on_tensor)
     on_event(LoadProgress("load", total, total, "bytes"))  # buffers are built, not read
     source.close()
-    head = source.model.get_output_embeddings()
+    head = model.get_output_embeddings()
     if isinstance(head, torch.nn.Module):
         head.register_forward_pre_hook(_plain_strides)
-    return source.model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def _held_bytes(model: PreTrainedModel, experts: list[api.ExpertsModule], matrices: Sequence[DenseMatrix]) -> int:
+    replaced = {path for dense in matrices for path in dense.modules}
+    elsewhere = {f"{found.path}.{name}" for found in experts for name in found.tensors}
+    elsewhere |= {f"{path}.weight" for path in replaced} | api.tied_weights(model).keys()
+    size = sum(dense.layout.bytes for dense in matrices)
+    size += sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in elsewhere)
+    kept = (b for name, b in model.named_buffers() if name.rpartition(".")[0] not in replaced)
+    return size + sum(b.numel() * b.element_size() for b in kept)
 
 
 def _plain_strides(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +19,15 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -47,6 +54,11 @@ class ExpertsModule:
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     module: torch.nn.Module
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the module holds its matrices as [inputs, outputs]."""
+        return bool(getattr(self.module, "is_transposed", False))
+
 
 @dataclass(frozen=True)
 class TensorSource:
@@ -58,6 +70,17 @@ class TensorSource:
 
     converter: WeightConverter | None
     keys: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class ParameterSource:
+    """The checkpoint tensors that one conversion makes ``parameters`` of: mostly one of one, under another name.
+
+    The first of them is the one that transformers files the conversion under.
+    """
+
+    parameters: tuple[str, ...]
+    source: TensorSource
 
 
 def quiet() -> None:
@@ -113,6 +136,7 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrained
             "only Mixture-of-Experts models of supported families can be run"
         )
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    _apply_dtype_plan(model, dtype)
     return model
 
 
@@ -138,6 +162,33 @@ def open_safetensors(file: Path) -> Any:
         return safe_open(file, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: the file is damaged or incomplete ({error}); download it again") from error
+
+
+@dataclass(frozen=True)
+class Router:
+    """What chooses experts: ``weight`` [experts, hidden], and the correction [experts] that some families add."""
+
+    weight: torch.Tensor
+    correction: torch.Tensor | None
+
+
+def find_router(model: torch.nn.Module, experts: ExpertsModule) -> Router | None:
+    """The router beside an experts module, or None if there is none of the usual form."""
+    block = model.get_submodule(experts.path.rpartition(".")[0])
+    for module in block.modules():
+        weight = module._parameters.get("weight")
+        if module is experts.module or weight is None or weight.dim() != 2:
+            continue
+        if weight.shape[0] == experts.num_experts:
+            correction = getattr(module, "e_score_correction_bias", None)
+            return Router(weight, None if correction is None else correction.float())
+    return None
+
+
+def gates_with_silu(module: Any) -> bool:
+    """Whether a gated experts module computes ``silu(gate) * up`` from its concatenated first product."""
+    default = getattr(type(module)._apply_gate, "__name__", "") == "_default_apply_gate"
+    return default and isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation)
 
 
 def attends_eagerly(model: PreTrainedModel) -> bool:
@@ -228,23 +279,16 @@ def sort_checkpoint(
     ``model`` must still own its expert parameters (call before :func:`take_experts`). Returns
     ``{(experts module path, parameter): source}`` and the names of all other tensors.
     """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     meta = model.state_dict()
     wanted = {(module.path, name) for module in experts for name in module.tensors}
     converter_of: dict[tuple[str, str], WeightConverter | None] = {}
     sources: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     rest = []
-    for key in sorted(keys, key=dot_natural_key):
-        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-        if renamed not in meta and key in meta:
-            renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, meta)
+    for key, renamed, pattern, converter in _renamed(model, keys):
         path, _, name = renamed.rpartition(".")
         if renamed in meta and (path, name) in wanted:
             sources[path, name][pattern or key].append(key)
-            converter_of[path, name] = by_pattern[pattern] if pattern else None
+            converter_of[path, name] = converter
         elif renamed in meta or pattern is not None:
             rest.append(key)
     lost = wanted - sources.keys()
@@ -255,6 +299,75 @@ def sort_checkpoint(
         target: TensorSource(converter_of[target], {pattern: tuple(names) for pattern, names in found.items()})
         for target, found in sources.items()
     }, rest
+
+
+def find_sources(model: PreTrainedModel, names: Collection[str], keys: Iterable[str]) -> list[ParameterSource]:
+    """What makes up the parameters ``names`` in a checkpoint that has the tensors ``keys``; some may have nothing.
+
+    Raises ModelError if a checkpoint tensor makes up one of them and another parameter too.
+    """
+    meta = model.state_dict()
+    found: dict[str, tuple[WeightConverter | None, dict[str, list[str]]]] = {}
+    for key, renamed, pattern, converter in _renamed(model, keys):
+        found.setdefault(renamed, (converter, defaultdict(list)))[1][pattern or key].append(key)
+    sources = []
+    for first, (converter, parts) in found.items():
+        patterns = converter.target_patterns if converter is not None else []
+        parameters = (first, *(first.replace(patterns[0], pattern) for pattern in patterns[1:]))
+        others = [name for name in parameters if name in meta and name not in names]
+        if len(others) < sum(name in meta for name in parameters):
+            if others:
+                raise ModelError(
+                    f"the checkpoint holds {others[0]} and weights that are quantised in one tensor, which is not "
+                    "supported; use --dense-format native"
+                )
+            source = TensorSource(converter, {pattern: tuple(keys) for pattern, keys in parts.items()})
+            sources.append(ParameterSource(parameters, source))
+    return sources
+
+
+def convert_parameters(
+    model: PreTrainedModel, found: ParameterSource, read: Callable[[str, slice], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The parameters of ``found`` by name, as its converter makes them; ``read`` as in :func:`convert_expert`."""
+    assert found.source.converter is not None
+    converter = deepcopy(found.source.converter)
+    converter.collected_tensors.clear()
+    for pattern, keys in found.source.keys.items():
+        converter.collected_tensors[pattern] += [cast(Any, partial(read, key, slice(None))) for key in keys]
+    result = converter.convert(found.parameters[0], model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Which parameters have no weights of their own but those of another one: {its name: the other's}."""
+    return dict(model.all_tied_weights_keys)
+
+
+def replace_module(model: PreTrainedModel, path: str, module: torch.nn.Module) -> None:
+    """Put ``module``, which has no parameter ``weight``, at ``path``: the loader leaves its weights alone."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+    tied = model.all_tied_weights_keys
+    for pair in [pair for pair in tied.items() if f"{path}.weight" in pair]:
+        del tied[pair[0]]
+
+
+def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
+    """Of each checkpoint tensor, in the loader's order: its name, the parameter's, and the pattern and converter that
+    make the one into the other, if any. ``model`` must still own all its parameters.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    meta = model.state_dict()
+    for key in sorted(keys, key=dot_natural_key):
+        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        if renamed not in meta and key in meta:
+            renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, meta)
+        yield key, renamed, pattern, by_pattern[pattern] if pattern else None
 
 
 def convert_expert(
@@ -281,6 +394,17 @@ def convert_expert(
     result = converter.convert(target, model=model, config=model.config)[target]
     tensor = result[0] if isinstance(result, list) else result
     return tensor[0]
+
+
+def _apply_dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give weights the dtype in which the loader will keep them: some families hold a few in float32."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, name_of, _ = build_glob_alternation(list(plan))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if found := pattern.search(name):
+            tensor.data = tensor.data.to(plan[name_of[str(found.lastgroup)]])
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:

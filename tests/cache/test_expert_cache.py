@@ -109,6 +109,17 @@ def test_an_abandoned_load_frees_its_slot(cache: ExpertCache) -> None:
     assert cache.counters.failed_loads == 1
 
 
+def test_a_prefetch_takes_free_slots_and_cold_ones_but_few() -> None:
+    cache = ExpertCache(8, make_policy("lru"))
+    serve(cache, 0, *range(7))
+    cache.lookup(0, [0, 1])
+    loads = cache.reserve_ahead([key(6), key(9, layer=1), key(8, layer=1), key(7, layer=1)])
+    assert [load.key for load in loads] == [key(9, layer=1), key(8, layer=1)], "a quarter of the slots"
+    assert [load.victim for load in loads] == [None, key(2)], "neither the event's keys nor those predicted go"
+    assert cache.reserve_ahead([key(7, layer=1)]) == []
+    assert ExpertCache(3, make_policy("lru")).reserve_ahead([key(1)]) == [], "a tiny cache has no slot to spare"
+
+
 def test_misuse_is_refused(cache: ExpertCache) -> None:
     cache.lookup(0, [1])
     with pytest.raises(RuntimeError, match="not ended"):
@@ -127,7 +138,7 @@ def test_misuse_is_refused(cache: ExpertCache) -> None:
 class CacheMachine(RuleBasedStateMachine):
     """Random events with loads that finish late, fail, or outlive their event."""
 
-    @initialize(slots=st.integers(1, 6), policy=st.sampled_from(sorted(POLICIES)))
+    @initialize(slots=st.integers(1, 12), policy=st.sampled_from(sorted(POLICIES)))
     def start(self, slots: int, policy: str) -> None:
         self.cache = ExpertCache(slots, make_policy(policy))
         self.open = False
@@ -144,13 +155,14 @@ class CacheMachine(RuleBasedStateMachine):
         assert set(found.pending) == self.needed & self.loading
         assert set(found.misses) == self.needed - self.ready - self.loading
         self.open = True
+        self.layer, self.event = layer, set(experts)
 
     @precondition(lambda self: self.open)
     @rule(limit=st.one_of(st.none(), st.integers(0, 3)))
     def reserve(self, limit: int | None) -> None:
         misses = sorted(self.needed - self.ready - self.loading)
         free = self.cache.slots - len(self.ready) - len(self.loading)
-        possible = free + len(self.ready - self.needed)
+        possible = free + len(self.ready - self.needed)  # a released key may go, too
         loads = self.cache.reserve(misses, limit)
         assert len(loads) == min(len(misses), possible, len(misses) if limit is None else limit)
         for load in loads:
@@ -158,6 +170,20 @@ class CacheMachine(RuleBasedStateMachine):
                 assert load.victim in self.ready - self.needed, "a victim is ready and not needed"
                 self.ready.remove(load.victim)
             self.loading.add(load.key)
+
+    @rule(layer=st.integers(0, 2), experts=st.lists(st.integers(0, 7), max_size=4, unique=True))
+    def reserve_ahead(self, layer: int, experts: list[int]) -> None:
+        predicted = {key(expert, layer) for expert in experts}
+        before = len(self.loading)
+        for load in self.cache.reserve_ahead([key(expert, layer) for expert in experts]):
+            assert load.key in predicted - self.ready - self.loading
+            if load.victim is not None:
+                assert load.victim in self.ready - predicted, "what is predicted to be needed stays"
+                if self.open:
+                    assert load.victim.expert not in self.event or load.victim.layer != self.layer
+                self.ready.remove(load.victim)
+            self.loading.add(load.key)
+        assert len(self.loading) <= max(before, self.cache.slots // 4), "most slots stay for demand"
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), good=st.booleans())

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.manifest import EXPERT_FILE_NAME, Manifest
 from offload.checkpoint.pack import pack, plan_manifest
+from offload.checkpoint.reading import Staging
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.events import LoadProgress, Notice
 from tests.tiny_models import build_tiny, tiny_config
@@ -50,15 +51,18 @@ def big_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def planned(source: CheckpointSource) -> Manifest:
-    return plan_manifest(source, "tiny", None, "native")
+def planned(source: CheckpointSource, format_name: str = "native") -> Manifest:
+    return plan_manifest(source, "tiny", None, format_name)
 
 
 def write_pack(
-    source: CheckpointSource, folder: Path, on_event: Callable[[LoadProgress], None] = ignore
+    source: CheckpointSource,
+    folder: Path,
+    on_event: Callable[[LoadProgress], None] = ignore,
+    format_name: str = "native",
 ) -> tuple[Manifest, bytes]:
     """Pack ``source``; returns the manifest and the expert file's content."""
-    return pack(source, planned(source), folder, on_event), (folder / EXPERT_FILE_NAME).read_bytes()
+    return pack(source, planned(source, format_name), folder, on_event), (folder / EXPERT_FILE_NAME).read_bytes()
 
 
 def aligned_buffer(size: int) -> memoryview:
@@ -74,29 +78,32 @@ def watch_reads(source: CheckpointSource, monkeypatch: pytest.MonkeyPatch) -> li
     seen: list[tuple[int, int]] = []
     read = source.read_expert
 
-    def watched(module: Any, expert: int) -> dict[str, torch.Tensor]:
+    def watched(module: Any, expert: int, staging: Staging | None = None) -> dict[str, torch.Tensor]:
         seen.append((module.layer, expert))
-        return read(module, expert)
+        return read(module, expert, staging)
 
     monkeypatch.setattr(source, "read_expert", watched)
     return seen
 
 
-def stopped_pack(checkpoint: Path, folder: Path, layers: float) -> CheckpointSource:
+def stopped_pack(checkpoint: Path, folder: Path, layers: float, format_name: str = "native") -> CheckpointSource:
     """A pack that was broken off after ``layers`` layers."""
     source = open_source(checkpoint)
-    layer_bytes = planned(source).layers[1].offset
+    layer_bytes = planned(source, format_name).layers[1].offset
     with pytest.raises(Stopped):
-        write_pack(source, folder, stop_after(int(layers * layer_bytes) + 1))
+        write_pack(source, folder, stop_after(int(layers * layer_bytes) + 1), format_name)
     return source
 
 
-def resumed_layers(source: CheckpointSource, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def resumed_layers(
+    source: CheckpointSource, folder: Path, monkeypatch: pytest.MonkeyPatch, format_name: str = "native"
+) -> list[int]:
     """Go on, check the result against a pack made in one go, and return the layers that were read."""
     with monkeypatch.context() as patch:
         reads = watch_reads(source, patch)
-        manifest, data = write_pack(source, folder)
-    assert (manifest, data) == write_pack(open_source(source.folder), folder.with_name("in one go"))
+        manifest, data = write_pack(source, folder, format_name=format_name)
+    in_one_go = write_pack(open_source(source.folder), folder.with_name("in one go"), format_name=format_name)
+    assert (manifest, data) == in_one_go
     with ExpertFile(folder) as file:
         file.verify(lambda event: None)
     return sorted({layer for layer, _ in reads})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.checkpoint.formats import FORMATS, get_format
-from offload.checkpoint.formats.native import TENSOR_ALIGNMENT
+from offload.checkpoint.formats.base import TENSOR_ALIGNMENT
 from offload.checkpoint.manifest import RECORD_ALIGNMENT
 from offload.errors import UsageError
 

@@ -28,7 +28,7 @@ from offload.checkpoint.library import (
     remove_pack,
 )
 from offload.checkpoint.lock import pack_lock
-from offload.checkpoint.manifest import EXPERT_FILE_NAME, MANIFEST_NAME, Manifest
+from offload.checkpoint.manifest import EXPERT_FILE_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.config import EngineSettings
 from offload.errors import ExpertFileError, UsageError
@@ -81,7 +81,7 @@ def test_pack_name_is_readable(model: str, readable: str, source: CheckpointSour
 @given(st.text(max_size=300))
 @example("org/" + "x" * 300)
 def test_pack_name_is_a_plain_file_name(model: str) -> None:
-    manifest = Manifest(model, None, "mixtral", "native", "1a2b3c4d5e6f7081", (), (), ())
+    manifest = Manifest(model, None, "mixtral", "native", "1a2b3c4d5e6f7081", (), (), (), ())
     name = pack_name(manifest)
     assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*-1a2b3c4d-native", name)
     assert len(name + ".partial") < 255
@@ -308,17 +308,53 @@ def test_check_pack(whole_pack: Path, source: CheckpointSource) -> None:
     for changed in ({"fingerprint": "0" * 16}, {"model_type": "qwen3_moe"}):
         with pytest.raises(ExpertFileError, match="made from another checkpoint"):
             check_pack(whole_pack, replace(found, **changed), wanted)  # type: ignore[arg-type]
-    shifted = tuple(replace(layer, path="elsewhere") for layer in found.layers)
-    for changed in ({"format": "int4"}, {"layers": shifted}, {"layouts": found.layouts * 2}):
-        with pytest.raises(ExpertFileError, match="laid out for another version or format; remove it and pack again"):
-            check_pack(whole_pack, replace(found, **changed), wanted)  # type: ignore[arg-type]
+    with pytest.raises(ExpertFileError, match="the format of this pack is int4, not native; use --format int4, or"):
+        check_pack(whole_pack, replace(found, format="int4"), wanted)
+
+
+def test_check_pack_names_what_is_laid_out_otherwise(source: CheckpointSource, tmp_path: Path) -> None:
+    wanted = planned(source, "int4")
+    check_pack(tmp_path, wanted, wanted)
+    layout = wanted.layouts[0]
+    down, gate_up = layout.tensors
+    changed: list[tuple[Manifest, str]] = [
+        (replace(wanted, layers=wanted.layers[1:]), "its layers are others"),
+        (replace(wanted, layers=tuple(replace(layer, path="x") for layer in wanted.layers)), "its layers are others"),
+    ]
+    for tensors, message in (
+        (
+            (replace(down, dtype="int4-g128"), gate_up),
+            r"down_proj: int4-g128 \[64, 48\] instead of int4-g64 \[64, 48\]",
+        ),
+        ((replace(down, shape=(48, 64)), gate_up), r"down_proj: int4-g64 \[48, 64\] instead of int4-g64 \[64, 48\]"),
+        ((gate_up,), r"down_proj: nothing instead of int4-g64 \[64, 48\]"),
+        ((replace(down, offset=64), gate_up), "its tensors stand at other places"),
+    ):
+        changed.append((replace(wanted, layouts=(replace(layout, tensors=tensors),)), message))
+    changed.append(
+        (replace(wanted, layouts=(replace(layout, record_bytes=layout.record_bytes + 4096),)), "other places")
+    )
+    for found, message in changed:
+        with pytest.raises(
+            ExpertFileError, match=f"another version of run-local .*{message}.*; remove it and pack again"
+        ):
+            check_pack(tmp_path, found, wanted)
 
 
 def test_pack_of_another_version_is_refused(packed: Path, source: CheckpointSource) -> None:
     path = packed / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}))
     with pytest.raises(ExpertFileError, match="written by another version"):
         ensure(source, output=packed)
+
+
+def test_pack_of_version_1_is_used(packed: Path, source: CheckpointSource) -> None:
+    path = packed / MANIFEST_NAME
+    data = json.loads(path.read_text()) | {"format_version": 1}
+    del data["errors"]
+    path.write_text(json.dumps(data))
+    assert ensure(source, output=packed) == (packed, [])
+    assert [pack.errors for pack in list_packs(packed)] == [()]
 
 
 def test_output_folder_with_other_content(source: CheckpointSource, tmp_path: Path) -> None:
@@ -370,7 +406,12 @@ def test_pack_model(checkpoint: Path, tmp_path: Path, cache: Path) -> None:
     again = pack_model(EngineSettings(model=str(checkpoint), experts_dir=tmp_path / "my pack"), ignore)
     assert again == elsewhere
     with pytest.raises(UsageError, match="--format: 'int3'"):
-        pack_model(settings, ignore, tmp_path / "x", "int3")
+        pack_model(replace(settings, format="int3"), ignore, tmp_path / "x")
+    quantised = pack_model(replace(settings, format="int4"), ignore)
+    assert quantised.folder.name.endswith("-int4")
+    assert [layer for layer, _ in quantised.errors] == [0, 1, 2, 3]
+    assert all(0.05 < error < 0.1 for _, error in quantised.errors)
+    assert found.errors == ()
     os.truncate(found.folder / EXPERT_FILE_NAME, 4096)
     with pytest.raises(ExpertFileError, match="truncated or overwritten"):
         pack_model(settings, ignore)

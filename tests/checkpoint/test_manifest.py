@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ MANIFEST = Manifest(
         LayerLayout(4, "model.layers.4.mlp.experts", 2, 1, 12288),
     ),
     checksums=(1, 2, 3, 4, 2**32 - 1),
+    errors=(None, 0.0819),
 )
 
 
@@ -60,7 +62,15 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1", None])
+def test_version_1_is_read_without_errors(tmp_path: Path) -> None:
+    change(tmp_path, lambda data: [data.pop("errors"), data.update(format_version=1)])
+    assert Manifest.read(tmp_path) == replace(MANIFEST, errors=(None, None), format_version=1)
+    change(tmp_path, lambda data: data.pop("errors"))
+    with pytest.raises(ExpertFileError, match=r"the manifest is damaged \('errors'\)"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1", None, True])
 def test_other_version(version: object, tmp_path: Path) -> None:
     """Said before anything else is looked at: the rest of the file may mean something else there."""
     change(tmp_path, lambda data: [data.clear(), data.update(format_version=version)])
@@ -92,6 +102,10 @@ IMPOSSIBLE: dict[str, Callable[[dict[str, Any]], object]] = {
     "too few checksums": lambda d: d["checksums"].pop(),
     "too many checksums": lambda d: d["checksums"].append(0),
     "checksums are a number": lambda d: d.update(checksums=7),
+    "too few errors": lambda d: d["errors"].pop(),
+    "error is text": lambda d: d["errors"].append(d["errors"].pop() and "0.08"),
+    "error is no number": lambda d: d.update(errors=[None, float("nan")]),
+    "error is negative": lambda d: d.update(errors=[None, -0.5]),
 }
 
 

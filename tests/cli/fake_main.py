@@ -62,9 +62,12 @@ def plan_model(settings: EngineSettings, on_event: OnEvent) -> FakePlan:
     return FakePlan()
 
 
-def pack_model(settings: EngineSettings, on_event: OnEvent, output: Path | None, format: str) -> PackInfo:
+def pack_model(settings: EngineSettings, on_event: OnEvent, output: Path | None) -> PackInfo:
     folder = output or Path("packs/fake")
-    return PackInfo(folder.name, folder, settings.model, settings.revision, format, 2**20, 64, complete=True)
+    errors = () if settings.format == "native" else tuple((layer, 0.08 + layer / 1000) for layer in range(1, 11))
+    return PackInfo(
+        folder.name, folder, settings.model, settings.revision, settings.format, 2**20, 64, complete=True, errors=errors
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_both_are_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
-        ([], b"", "give a command: chat, batch, plan, pack or models"),
+        ([], b"", "give a command: chat, batch, plan, pack, bench or models"),
         (["fly"], b"", "invalid choice: 'fly'"),
         (["chat"], b" \n", "standard input is empty"),
         (["chat", "  "], b"x", "the question is empty"),
@@ -49,7 +49,7 @@ def test_both_are_joined(tmp_path: Path) -> None:
         (["chat", "x", "--trace-out", "a", "--stats-json", "./a"], b"", "a is the file of --stats-json too"),
         (["batch", "in.jsonl"], b"", "the following arguments are required: -o/--output"),
         (["batch", "in.jsonl", "-o", "out.jsonl"], b"", "in.jsonl: cannot be read (No such file or directory)"),
-        (["pack", "--format", "int9"], b"", "invalid choice: 'int9'"),
+        (["pack", "--format", "int9"], b"", "--format: 'int9' is not one of native"),
         (["models", "--remove", "nothing"], b"", "--remove: there is no pack 'nothing'; there are: none"),
     ],
 )
@@ -220,6 +220,14 @@ def test_plan_pack_and_models(tmp_path: Path) -> None:
     result = run(tmp_path, "good", "pack", "--model", "org/name", "-o", "there")
     assert (result.returncode, result.stdout) == (0, b"there\n")
     assert b"there: 64 experts, 1.0 MiB\n" in result.stderr
+    assert b"relative" not in result.stderr, "nothing is lost"
+    result = run(tmp_path, "good", "pack", "--model", "org/name", "--format", "int4", "-o", "there")
+    assert (result.returncode, result.stdout) == (0, b"there\n"), "scripts read the folder"
+    assert result.stderr.decode().splitlines()[-3:] == [
+        "error of the quantised weights relative to the weights (root mean squares):",
+        "layers 1-8   8.10%  8.20%  8.30%  8.40%  8.50%  8.60%  8.70%  8.80%",
+        "layers 9-10  8.90%  9.00%",
+    ]
     result = run(tmp_path, "good", "models")
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"there are no packs yet\n")
 

@@ -10,7 +10,7 @@ import pytest
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import UsageError
 from run_local import build_parser
-from tui.flags import MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, FlagValues, read_flags
+from tui.flags import FORMAT_FLAGS, MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, FlagValues, read_flags
 
 NOTHING: Mapping[str, str] = {}
 
@@ -37,6 +37,10 @@ ALL = {
     "--experts-dir": "packs",
     "--prefill-chunk": "64",
     "--read-workers": "2",
+    "--format": "int4",
+    "--dense-format": "int8",
+    "--kernels": "torch",
+    "--prefetch": "next-gate",
     "--trace-out": "t.npz",
     "--stats-json": "s.json",
     "--temperature": "0.5",
@@ -51,7 +55,23 @@ ALL = {
     "--offline": "yes",
 }
 ENGINE = EngineSettings(
-    "org/name", "abc", "cpu", 2**31, 0.25, 128, "lru", Path("packs"), 64, 2, True, True, Path("t.npz")
+    model="org/name",
+    revision="abc",
+    device="cpu",
+    ram=2**31,
+    residency=0.25,
+    context_tokens=128,
+    format="int4",
+    dense_format="int8",
+    kernels="torch",
+    policy="lru",
+    prefetch="next-gate",
+    experts_dir=Path("packs"),
+    prefill_chunk=64,
+    read_workers=2,
+    verify=True,
+    offline=True,
+    trace_out=Path("t.npz"),
 )
 SAMPLING = SamplingSettings(0.5, 3, 0.9, 0.1, 1.1, 7, ("END",), 5)
 
@@ -71,7 +91,7 @@ def test_all_variables() -> None:
 
 
 def test_the_table_has_every_flag() -> None:
-    flags = (*MODEL_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS, *SAMPLING_FLAGS)
+    flags = (*MODEL_FLAGS, *FORMAT_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS, *SAMPLING_FLAGS)
     assert {flag.name for flag in flags} == set(ALL)
 
 

@@ -148,3 +148,70 @@ def test_workers_read_at_the_same_time() -> None:
         file.gate(key).set()
     assert [ticket.wait()[0] for ticket in tickets] == [RECORD] * 5
     lane.close()
+
+
+def test_demand_goes_before_prefetches() -> None:
+    file = FakeFile()
+    lane = lane_of(file)
+    first, ahead, wanted = ExpertKey(0, 1), ExpertKey(1, 2), ExpertKey(0, 3)
+    for key in (first, ahead, wanted):
+        file.gate(key).set()
+    file.gates[first] = threading.Event()
+    lane.load(first, slot())
+    file.running.acquire()
+    prefetch = lane.load(ahead, slot(), prefetch=True)
+    demand = lane.load(wanted, slot())
+    file.gate(first).set()
+    demand.wait()
+    prefetch.wait()
+    assert file.started == [first, wanted, ahead]
+    lane.close()
+
+
+def test_a_demand_finds_a_free_worker_among_prefetches() -> None:
+    file = FakeFile()
+    lane = lane_of(file, workers=4)
+    ahead = [ExpertKey(1, expert) for expert in range(4)]
+    for key in ahead:
+        lane.load(key, slot(), prefetch=True)
+    for _ in range(2):
+        file.running.acquire()
+    wanted = ExpertKey(0, 9)
+    file.gate(wanted).set()
+    assert lane.load(wanted, slot()).wait()[0] == RECORD
+    assert set(file.started) == {*ahead[:2], wanted}, "half of the workers at most prefetch"
+    for key in ahead:
+        file.gate(key).set()
+    lane.close()
+
+
+def test_a_promoted_prefetch_overtakes_the_others() -> None:
+    file = FakeFile()
+    lane = lane_of(file)
+    blocker, *ahead = (ExpertKey(0, expert) for expert in range(1, 4))
+    lane.load(blocker, slot())
+    file.running.acquire()
+    tickets = [lane.load(key, slot(), prefetch=True) for key in ahead]
+    tickets[1].promote()
+    for key in (blocker, *ahead):
+        file.gate(key).set()
+    assert [ticket.wait()[0] for ticket in tickets] == [RECORD] * 2
+    assert file.started == [blocker, ahead[1], ahead[0]]
+    lane.close()
+
+
+def test_only_what_has_not_started_can_be_dropped() -> None:
+    file = FakeFile()
+    lane = lane_of(file)
+    running = lane.load(ExpertKey(0, 1), slot(), prefetch=True)
+    file.running.acquire()
+    waiting = lane.load(ExpertKey(0, 2), slot(), prefetch=True)
+    assert waiting.drop() and waiting.ready() and not waiting.settle()
+    assert waiting.drop(), "dropping again is no error"
+    assert not running.drop()
+    file.gate(ExpertKey(0, 1)).set()
+    assert running.settle()
+    assert lane.busy_seconds() > 0
+    lane.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        lane.load(ExpertKey(0, 3), slot())

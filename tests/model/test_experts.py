@@ -15,6 +15,7 @@ from cache.policies import make_policy
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.manifest import EXPERT_FILE_NAME, LayerLayout, Manifest
+from offload.compute.native_experts import NativeExperts
 from offload.devices import get_device
 from offload.errors import Cancelled, ExpertFileError
 from offload.memory.lanes import DiskLane
@@ -52,7 +53,7 @@ class Harness:
                 weight_format.encode(layout, {n: p[expert] for n, p in weights.items()}, record)
                 file.write(record.numpy().tobytes())
         layers = (LayerLayout(3, "experts", EXPERTS, 0, 0),)
-        Manifest("m", None, "t", "native", "f", (layout,), layers, (0,) * EXPERTS).write(folder)
+        Manifest("m", None, "t", "native", "f", (layout,), layers, (0,) * EXPERTS, (None,)).write(folder)
         for name in weights:
             del module._parameters[name]
         self.module = module
@@ -60,7 +61,7 @@ class Harness:
         self.cache = ExpertCache(slots, make_policy("lru"))
         self.lane = DiskLane(self.file, 2)
         arena = get_device("cpu").allocate_slots(slots, layout.record_bytes)
-        self.runtime = ExpertRuntime(self.cache, arena, self.lane, self.file, weight_format)
+        self.runtime = ExpertRuntime(self.cache, arena, self.lane, self.file, weight_format, NativeExperts())
         self.runtime.attach([ExpertsModule("experts", 3, EXPERTS, {}, module)])
         module.config._experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
 

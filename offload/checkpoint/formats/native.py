@@ -7,35 +7,33 @@ from collections.abc import Mapping
 
 import torch
 
-from offload.checkpoint.formats.base import TensorSpecs, WeightFormat
-from offload.checkpoint.manifest import RECORD_ALIGNMENT, RecordLayout, TensorLayout, align
-
-TENSOR_ALIGNMENT = 64  # a cache line and an AVX-512 register: kernels take the same path in every slot
+from offload.checkpoint.formats.base import TensorSpecs, WeightFormat, Weights, native_view, place, write_native
+from offload.checkpoint.manifest import RecordLayout
+from offload.compute.matrix import Error
 
 
 class NativeFormat(WeightFormat):
     name = "native"
+    lossless = True
 
-    def layout(self, tensors: TensorSpecs) -> RecordLayout:
-        offset = 0
-        placed = []
-        for name, (shape, dtype) in sorted(tensors.items()):
-            offset = align(offset, TENSOR_ALIGNMENT)
-            size = math.prod(shape) * dtype.itemsize
-            placed.append(TensorLayout(name, tuple(shape), str(dtype).removeprefix("torch."), offset, size))
-            offset += size
-        return RecordLayout(align(offset, RECORD_ALIGNMENT), tuple(placed))
+    def layout(self, tensors: TensorSpecs, transposed: bool = False) -> RecordLayout:
+        return place(
+            {
+                name: (shape, str(dtype).removeprefix("torch."), math.prod(shape) * dtype.itemsize)
+                for name, (shape, dtype) in tensors.items()
+            }
+        )
 
-    def encode(self, layout: RecordLayout, tensors: Mapping[str, torch.Tensor], record: torch.Tensor) -> None:
-        for name, view in self.views(layout, record).items():
-            if tensors[name].shape != view.shape:
-                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(view.shape)}")
-            view.copy_(tensors[name])
+    def encode(
+        self,
+        layout: RecordLayout,
+        tensors: Mapping[str, torch.Tensor],
+        record: torch.Tensor,
+        transposed: bool = False,
+    ) -> Error:
+        for tensor in layout.tensors:
+            write_native(tensor, record, tensors[tensor.name])
+        return Error()
 
-    def views(self, layout: RecordLayout, record: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {
-            tensor.name: record[tensor.offset : tensor.offset + tensor.bytes]
-            .view(getattr(torch, tensor.dtype))
-            .view(tensor.shape)
-            for tensor in layout.tensors
-        }
+    def views(self, layout: RecordLayout, record: torch.Tensor) -> Weights:
+        return {tensor.name: native_view(tensor, record) for tensor in layout.tensors}

@@ -1,0 +1,1 @@
+"""Products of experts and of other matrices with quantised weights, on the CPU."""

@@ -1,0 +1,249 @@
+"""What this machine can do, measured once and stored: rates of disk, memory and kernels, and the kernels' crossover.
+
+The crossover, the number of tokens from which decoding weights and multiplying full matrices beats the kernels,
+decides how a product is rounded. So it is measured at the first use of quantised weights, or by ``bench --calibrate``,
+and kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import platform
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload.compute.kernels import Kernels, load_kernels
+from offload.compute.matrix import MatrixLayout, QuantizedMatrix, empty_matrix
+from offload.compute.product import DEFAULT_FEW_TOKENS, Products
+from offload.errors import RunLocalError
+from offload.events import LoadProgress
+from offload.paths import cache_folder
+
+OnProgress = Callable[[LoadProgress], None]
+
+_VERSION = 1
+_TRIALS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_ROWS, _COLUMNS = 1536, 2048  # about an expert of today's models
+_PROBE_BYTES = 512 * 2**20
+_RECORD_BYTES = 3 * 2**20
+_READERS = 4
+_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """``machine`` tells whose figures these are. Rates in bytes of weights, file or memory a second, None if unknown.
+
+    ``few_tokens`` is the most tokens that the kernels multiply, by number of bits; empty without kernels.
+    """
+
+    machine: str
+    few_tokens: dict[int, int]
+    memory_bytes_per_s: float | None = None
+    disk_bytes_per_s: float | None = None
+    int4_bytes_per_s: float | None = None
+    int8_bytes_per_s: float | None = None
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, figure, remark) for people."""
+
+        def rate(value: float | None) -> str:
+            return "-" if value is None else f"{value / 1e9:.1f} GB/s"
+
+        kernels = "one token; the memory's rate is the limit"
+        rows = [
+            ("memory", rate(self.memory_bytes_per_s), f"reads of {torch.get_num_threads()} threads"),
+            ("disk", rate(self.disk_bytes_per_s), f"random reads of 3 MiB, {_READERS} at a time"),
+            ("int4 kernel", rate(self.int4_bytes_per_s), kernels),
+            ("int8 kernel", rate(self.int8_bytes_per_s), kernels),
+        ]
+        for bits, tokens in sorted(self.few_tokens.items()):
+            rows.append((f"int{bits} crossover", f"{tokens} tokens", "up to here the kernel, above decoded weights"))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"version": _VERSION}
+
+
+def crossover(kernels: Kernels | None, on_progress: OnProgress) -> dict[int, int]:
+    """The stored crossover of this machine; measures and stores it if there is none. Empty without kernels."""
+    if kernels is None:
+        return {}
+    stored = load()
+    if stored is not None and stored.few_tokens:
+        return stored.few_tokens
+    few = _measure_crossover(kernels, on_progress)
+    with contextlib.suppress(RunLocalError):  # a cache folder that cannot be written costs the time again, no more
+        save(Calibration(machine_key(), few))
+    return few
+
+
+def calibrate(folder: Path, on_progress: OnProgress) -> Calibration:
+    """Measure everything; takes some seconds. The disk is that of ``folder``, where a file is written and removed.
+
+    Raises RunLocalError if the disk has no room.
+    """
+    kernels = load_kernels()
+    few = {} if kernels is None else _measure_crossover(kernels, on_progress)
+    rates: dict[int, float | None] = {4: None, 8: None}
+    if kernels is not None:
+        rates = {bits: _kernel_rate(Products(kernels, 1 << 30), bits) for bits in rates}
+    return Calibration(machine_key(), few, _memory_rate(), _disk_rate(folder, on_progress), rates[4], rates[8])
+
+
+def machine_key() -> str:
+    """What the figures depend on: the processor and the number of threads."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def calibration_file() -> Path:
+    return cache_folder() / "calibration.json"
+
+
+def load() -> Calibration | None:
+    """The stored figures of this machine, or None: a damaged file and another machine's count as nothing."""
+    try:
+        data = json.loads(calibration_file().read_text("utf-8"))
+        if data.pop("version") != _VERSION:
+            return None
+        few = {int(bits): int(tokens) for bits, tokens in data.pop("few_tokens").items()}
+        found = Calibration(few_tokens=few, **data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if found.machine == machine_key() else None
+
+
+def save(calibration: Calibration) -> Path:
+    """Store the figures, in place of any others. Raises RunLocalError if they cannot be written."""
+    path = calibration_file()
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(calibration.to_json(), indent=1) + "\n", "utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunLocalError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def _measure_crossover(kernels: Kernels, on_progress: OnProgress) -> dict[int, int]:
+    few = {}
+    for done, bits in enumerate((4, 8)):
+        on_progress(LoadProgress("measure", done, 2, "steps"))
+        few[bits] = _crossover_of(kernels, bits)
+    on_progress(LoadProgress("measure", 2, 2, "steps"))
+    return few
+
+
+def _crossover_of(kernels: Kernels, bits: int) -> int:
+    """The last trial before decoding wins twice in a row; one loss may be another program's doing."""
+    matrix = _random_matrix(bits)
+    by_kernel, decoded = Products(kernels, 1 << 30), Products(kernels, 0)
+    best = losses = 0
+    for tokens in _TRIALS:
+        inputs = torch.randn(tokens, _COLUMNS).to(torch.bfloat16)
+        # in turn, so that what else the machine does hits both
+        times = [(_seconds(by_kernel, matrix, inputs), _seconds(decoded, matrix, inputs)) for _ in range(5)]
+        if min(first for first, _ in times) <= min(second for _, second in times):
+            best, losses = tokens, 0
+        else:
+            losses += 1
+            if losses == 2:
+                break
+    return best or min(_TRIALS[0], DEFAULT_FEW_TOKENS)
+
+
+def _kernel_rate(products: Products, bits: int) -> float:
+    """Bytes of weights a second with one token, over matrices that together are larger than the caches."""
+    matrices = [_random_matrix(bits) for _ in range(max(1, 256 * 2**20 // _random_matrix(bits).layout.bytes))]
+    inputs = torch.randn(1, _COLUMNS).to(torch.bfloat16)
+    fastest = min(sum(_seconds(products, matrix, inputs) for matrix in matrices) for _ in range(5))
+    return sum(matrix.layout.bytes for matrix in matrices) / fastest
+
+
+def _random_matrix(bits: int) -> QuantizedMatrix:
+    matrix = empty_matrix(MatrixLayout.make(_ROWS, _COLUMNS, bits))
+    matrix.codes.random_(0, 100)
+    matrix.params.fill_(0.01)
+    return matrix
+
+
+def _seconds(products: Products, matrix: QuantizedMatrix, inputs: torch.Tensor) -> float:
+    started = time.perf_counter()
+    products.linear(matrix, inputs)
+    return time.perf_counter() - started
+
+
+def _memory_rate() -> float:
+    data = torch.zeros(256 * 2**20 // 8, dtype=torch.int64)
+    fastest = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum()
+        fastest = min(fastest, time.perf_counter() - started)
+    return data.nbytes / fastest
+
+
+def _disk_rate(folder: Path, on_progress: OnProgress) -> float | None:
+    """Random reads as the disk lane makes them; None where the file system cannot read past the page cache."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    path = folder / f"probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_probe(path, on_progress)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            try:
+                return _read_probe(fd)
+            finally:
+                os.close(fd)
+        finally:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno == 22:  # EINVAL: no O_DIRECT here
+            return None
+        raise RunLocalError(
+            f"{folder}: the disk cannot be measured ({error.strerror}); a file of 512 MiB must fit there, or name "
+            "another folder with --experts-dir"
+        ) from error
+
+
+def _write_probe(path: Path, on_progress: OnProgress) -> None:
+    block = random.Random(0).randbytes(2**22)
+    with open(path, "wb") as file:
+        for done in range(0, _PROBE_BYTES, len(block)):
+            on_progress(LoadProgress("probe", done, _PROBE_BYTES, "bytes"))
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    on_progress(LoadProgress("probe", _PROBE_BYTES, _PROBE_BYTES, "bytes"))
+
+
+def _read_probe(fd: int) -> float:
+    places = range(0, _PROBE_BYTES - _RECORD_BYTES, 4096)
+    started = time.perf_counter()
+
+    def read(seed: int) -> int:
+        buffer, choose, done = mmap.mmap(-1, _RECORD_BYTES), random.Random(seed), 0
+        while time.perf_counter() - started < _SECONDS:
+            done += os.preadv(fd, [buffer], choose.choice(places))
+        return done
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        total = sum(pool.map(read, range(_READERS)))
+    return total / (time.perf_counter() - started)

@@ -1,0 +1,192 @@
+"""The compiled kernels as Python functions over tensors. docs/formats.md has the layout of the weights."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+
+from offload.compute.kernels.build import BuildError, build
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Shape(ctypes.Structure):
+    """A quantised matrix: ``rows`` outputs of ``columns`` inputs; ``group`` is 0 with 8 bits (one scale a row)."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "padded", "group", "bits")]
+
+
+class Job(ctypes.Structure):
+    """Weights (or, for an expert, its record) and the rows of the input that go through them."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("first", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+    ]
+
+
+class Expert(ctypes.Structure):
+    """Where the matrices of a gated expert stand in its record, in bytes."""
+
+    _fields_ = [
+        ("gate_up", Shape),
+        ("down", Shape),
+        ("gate_up_codes", ctypes.c_int64),
+        ("gate_up_params", ctypes.c_int64),
+        ("down_codes", ctypes.c_int64),
+        ("down_params", ctypes.c_int64),
+    ]
+
+
+class Kernels:
+    """The library's functions. For one thread at a time; each call uses torch's number of threads.
+
+    Inputs and outputs are contiguous float32 or bfloat16. Products of float32 inputs are exact in float32; those of
+    bfloat16 inputs round what goes into the second matrix of an expert to bfloat16, as the model's own code would.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._linear = library.rl_linear
+        self._experts = library.rl_silu_experts
+        self._combine = library.rl_combine
+        self._decode = library.rl_decode
+        self._encode = library.rl_encode
+        pointer, number = ctypes.c_void_p, ctypes.c_int32
+        self._linear.argtypes = [pointer, number, pointer, pointer, number, pointer, number, pointer, number, number]
+        self._experts.argtypes = [pointer, number, pointer, pointer, number, number, pointer, number, pointer, number]
+        self._combine.argtypes = [number, number, pointer, pointer, pointer, number, pointer, number, number]
+        self._decode.argtypes = [pointer, pointer, pointer, pointer, number, number]
+        self._encode.argtypes = [pointer, pointer, number, pointer, pointer, pointer, number]
+        self.bf16_dot = bool(library.rl_bf16_dot())
+
+    def linear(
+        self,
+        shape: Shape,
+        jobs: Sequence[tuple[int, int, int, int]],
+        inputs: torch.Tensor,
+        output: torch.Tensor,
+        token_of: torch.Tensor | None = None,
+    ) -> None:
+        """``output[r] = weights @ inputs[token_of[r]]`` for the rows of each job: (codes, params, first row, rows).
+
+        ``inputs`` is [tokens, columns], ``output`` [rows, shape.rows], ``token_of`` int32[rows] (None: row is token).
+        """
+        _check(
+            self._linear(
+                ctypes.byref(shape),
+                len(jobs),
+                (Job * len(jobs))(*(Job(*job) for job in jobs)),
+                inputs.data_ptr(),
+                _DTYPES[inputs.dtype],
+                None if token_of is None else token_of.data_ptr(),
+                inputs.dtype == torch.float32,
+                output.data_ptr(),
+                _DTYPES[output.dtype],
+                torch.get_num_threads(),
+            )
+        )
+
+    def silu_experts(
+        self,
+        expert: Expert,
+        jobs: Sequence[tuple[int, int, int, int]],
+        inputs: torch.Tensor,
+        output: torch.Tensor,
+        token_of: torch.Tensor,
+    ) -> None:
+        """``output[r] = down(silu(gate(x)) * up(x))`` with ``x = inputs[token_of[r]]``; a job names its record, and 0.
+
+        ``inputs`` is [tokens, hidden], ``output`` float32[rows, hidden], ``token_of`` int32[rows].
+        """
+        _check(
+            self._experts(
+                ctypes.byref(expert),
+                len(jobs),
+                (Job * len(jobs))(*(Job(*job) for job in jobs)),
+                inputs.data_ptr(),
+                _DTYPES[inputs.dtype],
+                inputs.shape[0],
+                token_of.data_ptr(),
+                inputs.dtype == torch.float32,
+                output.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+
+    def combine(
+        self, products: torch.Tensor, weights: torch.Tensor, token_of: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """``output[token_of[r]] = sum of weights[r] * products[r]`` in the order of r; overwrites ``output``.
+
+        ``products`` is float32[rows, hidden], ``weights`` float32[rows], ``output`` [tokens, hidden].
+        """
+        rows, hidden = products.shape
+        _check(
+            self._combine(
+                rows,
+                hidden,
+                products.data_ptr(),
+                weights.data_ptr(),
+                token_of.data_ptr(),
+                output.shape[0],
+                output.data_ptr(),
+                _DTYPES[output.dtype],
+                torch.get_num_threads(),
+            )
+        )
+
+    def decode(self, shape: Shape, codes: int, params: int, output: torch.Tensor) -> None:
+        """The weights themselves into ``output`` [rows, columns]; ``codes`` and ``params`` are addresses."""
+        _check(
+            self._decode(
+                ctypes.byref(shape), codes, params, output.data_ptr(), _DTYPES[output.dtype], torch.get_num_threads()
+            )
+        )
+
+    def encode(
+        self, shape: Shape, weights: torch.Tensor, codes: torch.Tensor, params: torch.Tensor
+    ) -> tuple[float, float]:
+        """Quantise ``weights`` [rows, columns] into ``codes`` and ``params``.
+
+        Returns the sums of squared errors and of squared weights.
+        """
+        sums = (ctypes.c_double * 2)()
+        _check(
+            self._encode(
+                ctypes.byref(shape),
+                weights.data_ptr(),
+                _DTYPES[weights.dtype],
+                codes.data_ptr(),
+                params.data_ptr(),
+                sums,
+                torch.get_num_threads(),
+            )
+        )
+        return sums[0], sums[1]
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("no memory for the input of a product")
+
+
+_loaded: dict[str, Kernels | str] = {}
+
+
+def load_kernels(on_failure: Callable[[str], None] | None = None) -> Kernels | None:
+    """The kernels of this machine, compiled at the first call of all; None, with ``on_failure`` told why, without."""
+    if "kernels" not in _loaded:
+        try:
+            _loaded["kernels"] = Kernels(ctypes.CDLL(str(build())))
+        except (BuildError, OSError) as error:
+            _loaded["kernels"] = str(error)
+    found = _loaded["kernels"]
+    if isinstance(found, Kernels):
+        return found
+    if on_failure is not None:
+        on_failure(found)
+    return None

@@ -1,0 +1,107 @@
+"""Compiles quantized.c for this machine's processor, once, into the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from offload.paths import cache_folder
+
+SOURCE = Path(__file__).with_name("quantized.c")
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_NATIVE = ("-march=native", "-mprefer-vector-width=512")  # what a compiler does not know of these is left out
+_SECONDS = 120
+
+
+class BuildError(Exception):
+    """There is no compiler, or it failed; the message is one line."""
+
+
+def build() -> Path:
+    """Path of the compiled library; compiles it if this source, compiler and processor have none yet.
+
+    Raises BuildError.
+    """
+    compiler = find_compiler()
+    openmp = torch_openmp()
+    key = "\0".join((SOURCE.read_text("utf-8"), _version(compiler), _processor(), str(openmp), *_FLAGS, *_NATIVE))
+    folder = cache_folder() / "kernels"
+    library = folder / f"quantized-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, openmp, library)
+        except OSError as error:
+            raise BuildError(f"{folder}: cannot be written ({error.strerror})") from error
+    return library
+
+
+def find_compiler() -> list[str]:
+    """The C compiler as the start of a command: ``CC``, or the first of cc, gcc and clang. Raises BuildError."""
+    chosen = os.environ.get("CC", "").strip()
+    if chosen:
+        try:
+            return shlex.split(chosen)
+        except ValueError as error:
+            raise BuildError(f'CC: "{chosen}" is no command ({error})') from error
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    raise BuildError("no C compiler was found (cc, gcc or clang, or the one that CC names)")
+
+
+def torch_openmp() -> Path | None:
+    """The OpenMP library that torch has loaded: to share its threads, the kernels are linked with the same one."""
+    import torch  # noqa: F401 - loads it
+
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(None, 5)[5] for line in lines if "libgomp" in line}
+    return Path(min(paths)) if paths else None
+
+
+def _compile(compiler: list[str], openmp: Path | None, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        output = Path(scratch, "kernels.so")
+        # naming torch's own library after the compiler's makes both names one: no second pool of threads
+        link = [] if openmp is None else [str(openmp)]
+        message = ""
+        for native in (_NATIVE, _NATIVE[:1], ("-mcpu=native",), ()):
+            command = [*compiler, *_FLAGS, *native, "-shared", "-o", str(output), str(SOURCE), *link, "-lm"]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise BuildError(f"'{shlex.join(compiler)}' cannot be run ({error})") from error
+            if done.returncode == 0 and output.exists():
+                os.replace(output, library)
+                return
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            first = lines[0] if lines else "it says nothing"
+            message = message or next((line for line in lines if "error" in line), first)
+        raise BuildError(f"'{shlex.join(compiler)}' failed: {message[:200]}")
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"'{shlex.join(compiler)}' cannot be run ({error})") from error
+    return done.stdout
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on; a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {flags}"

@@ -1,0 +1,214 @@
+"""Experts with quantised weights: all that are ready in one call, with few tokens; one after the other with many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+
+from cache.keys import ExpertKey
+from offload.checkpoint.formats import Weights
+from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
+from offload.compute.kernels.binding import Expert
+from offload.compute.matrix import QuantizedMatrix
+from offload.compute.product import Products
+
+CALL_ROWS = 256
+"""Pairs of a token and an expert that one call of the kernel takes, if no single expert has more."""
+
+GatesWithSilu = Callable[[Any], bool]
+
+
+class QuantizedExperts(ExpertCompute):
+    """``gates_with_silu`` tells of an experts module whether its inner step is ``silu(gate) * up``: the kernel can do
+    that itself. Other modules compute it in the model's own code, between two calls of the kernel.
+    """
+
+    def __init__(self, products: Products, gates_with_silu: GatesWithSilu) -> None:
+        self.products = products
+        self._gates_with_silu = gates_with_silu
+        self._fused: dict[Any, bool] = {}  # by experts module
+        self._experts: dict[tuple[Any, ...], Expert] = {}
+
+    def begin(
+        self,
+        module: Any,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        weights_of: WeightsOf,
+    ) -> EventCompute:
+        return _QuantizedEvent(self, module, hidden, top_k_index, top_k_weights, weights_of)
+
+    def few_tokens(self, weights: Weights) -> int:
+        return self.products.few_tokens(*(w.layout for w in weights.values() if isinstance(w, QuantizedMatrix)))
+
+    def is_fused(self, module: Any) -> bool:
+        found = self._fused.get(module)
+        if found is None:
+            plain = module.has_gate and not (module.has_bias or module.has_post_expert_norm)
+            found = self._fused[module] = bool(plain and self._gates_with_silu(module))
+        return found
+
+    def expert(self, gate_up: QuantizedMatrix, down: QuantizedMatrix) -> tuple[Expert, int]:
+        """Where the matrices stand, from the first byte of the record on, and that byte's address.
+
+        gate_up may come after down in the record: the lowest address is the base.
+        """
+        addresses = [part.data_ptr() for part in (gate_up.codes, gate_up.params, down.codes, down.params)]
+        base = min(addresses)
+        offsets = tuple(address - base for address in addresses)
+        key = (gate_up.layout, down.layout, offsets)
+        expert = self._experts.get(key)
+        if expert is None:
+            expert = self._experts[key] = Expert(gate_up.layout.shape, down.layout.shape, *offsets)
+        return expert, base
+
+
+class _QuantizedEvent(EventCompute):
+    """Rows are pairs of a token and one of its experts; ``products`` holds one product for each, float32.
+
+    With one token a row's number is the position in its top k; otherwise rows are sorted by expert. Either order, in
+    which the products are summed in the end, follows from the routing alone.
+    """
+
+    def __init__(
+        self,
+        owner: QuantizedExperts,
+        module: Any,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        weights_of: WeightsOf,
+    ) -> None:
+        self.calls = 0
+        self._owner = owner
+        self._module = module
+        self._hidden = hidden.contiguous()
+        self._weights_of = weights_of
+        tokens, k = top_k_index.shape
+        chosen = top_k_index[0].tolist() if tokens == 1 else []
+        if tokens == 1 and len(set(chosen)) == k and max(chosen) < module.num_experts:
+            self._rows = {expert: (row, 1) for row, expert in enumerate(chosen)}
+            self._token_of = torch.zeros(k, dtype=torch.int32)
+            routed = top_k_weights[0]
+        else:
+            flat = top_k_index.reshape(-1)
+            order = torch.argsort(flat, stable=True)
+            experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
+            self._rows = {}
+            first = 0
+            for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+                if expert < module.num_experts:  # those beyond come last
+                    self._rows[expert] = (first, count)
+                    first += count
+            order = order[:first]
+            self._token_of = (order // k).to(torch.int32)
+            routed = top_k_weights.reshape(-1)[order]
+        self._routed = routed.to(torch.float32).contiguous()
+        self._products = torch.empty(len(self._token_of), hidden.shape[-1])
+        self.experts = sorted(self._rows)
+
+    def compute(self, ready: Sequence[ExpertKey]) -> None:
+        together = []
+        for key in ready:
+            first, count = self._rows[key.expert]
+            weights = self._weights_of(key)
+            if count <= self._owner.few_tokens(weights):
+                together.append((weights, first, count))
+            else:
+                self._one(weights, first, count)
+        step = self._fused if self._owner.is_fused(self._module) else self._steps
+        while together:  # a call has few rows, since the kernel holds a copy of the input of each
+            rows = taken = 0
+            while taken < len(together) and (not taken or rows + together[taken][2] <= CALL_ROWS):
+                rows += together[taken][2]
+                taken += 1
+            step(together[:taken])
+            del together[:taken]
+
+    def result(self) -> torch.Tensor:
+        kernels = self._owner.products.kernels
+        hidden = self._hidden
+        if kernels is not None and hidden.dtype in (torch.float32, torch.bfloat16):
+            output = torch.empty_like(hidden)
+            kernels.combine(self._products, self._routed, self._token_of, output)
+            return output
+        total = torch.zeros(hidden.shape, dtype=torch.float32)
+        total.index_add_(0, self._token_of, self._products * self._routed[:, None])
+        return total.to(hidden.dtype)
+
+    def _states(self) -> torch.Tensor:
+        """The input in a dtype that the kernels take."""
+        return self._hidden if self._hidden.dtype in (torch.float32, torch.bfloat16) else self._hidden.float()
+
+    def _fused(self, together: list[tuple[Weights, int, int]]) -> None:
+        jobs_of: dict[int, tuple[Expert, list[tuple[int, int, int, int]]]] = {}
+        for weights, first, count in together:
+            gate_up, down = cast(QuantizedMatrix, weights["gate_up_proj"]), cast(QuantizedMatrix, weights["down_proj"])
+            expert, base = self._owner.expert(gate_up, down)
+            jobs_of.setdefault(id(expert), (expert, []))[1].append((base, 0, first, count))
+        kernels = self._owner.products.kernels
+        assert kernels is not None
+        for expert, jobs in jobs_of.values():  # one: the experts of a layer are laid out alike
+            kernels.silu_experts(expert, jobs, self._states(), self._products, self._token_of)
+            self.calls += 1
+
+    def _steps(self, together: list[tuple[Weights, int, int]]) -> None:
+        """As :meth:`_fused`, with the module's own code between the matrices."""
+        module = self._module
+        name = "gate_up_proj" if module.has_gate else "up_proj"
+        states = self._states()
+        tokens = torch.cat([self._token_of[first : first + count] for _, first, count in together])
+        outer = self._grouped(name, together, states, tokens)
+        parts = []
+        for (weights, _, _), part in zip(together, outer.split([count for _, _, count in together]), strict=True):
+            part = _plus(part, weights.get(f"{name}_bias")).to(self._hidden.dtype)
+            parts.append(module._apply_gate(part) if module.has_gate else module.act_fn(part))
+        done = self._grouped("down_proj", together, torch.cat(parts).to(states.dtype), None)
+        for (weights, first, count), part in zip(together, done.split([len(part) for part in parts]), strict=True):
+            self._products[first : first + count] = part
+            self._finish(weights.get("down_proj_bias"), slice(first, first + count))
+
+    def _grouped(
+        self, name: str, together: list[tuple[Weights, int, int]], inputs: torch.Tensor, token_of: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Products of these experts' matrices ``name``, float32[their rows, outputs], expert after expert."""
+        matrices = [cast(QuantizedMatrix, weights[name]) for weights, _, _ in together]
+        jobs = []
+        rows = 0
+        for matrix, (_, _, count) in zip(matrices, together, strict=True):
+            jobs.append((matrix.codes.data_ptr(), matrix.params.data_ptr(), rows, count))
+            rows += count
+        output = torch.empty(rows, matrices[0].layout.rows)
+        kernels = self._owner.products.kernels
+        assert kernels is not None
+        kernels.linear(matrices[0].layout.shape, jobs, inputs, output, token_of)
+        self.calls += 1
+        return output
+
+    def _one(self, weights: Weights, first: int, count: int) -> None:
+        """One expert over many tokens, its weights decoded."""
+        module, products = self._module, self._owner.products
+        rows = slice(first, first + count)
+        states = self._hidden[self._token_of[rows]]
+        name = "gate_up_proj" if module.has_gate else "up_proj"
+        states = products.decoded_linear(cast(QuantizedMatrix, weights[name]), states)
+        states = _plus(states, weights.get(f"{name}_bias"))
+        states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
+        states = products.decoded_linear(cast(QuantizedMatrix, weights["down_proj"]), states)
+        self.calls += 2
+        self._products[rows] = states.float()
+        self._finish(weights.get("down_proj_bias"), rows)
+
+    def _finish(self, bias: Any, rows: slice) -> None:
+        if bias is not None:
+            self._products[rows] += bias
+        if self._module.has_post_expert_norm:
+            normed = self._module.post_expert_norm(self._products[rows].to(self._hidden.dtype))
+            self._products[rows] = normed.float()
+
+
+def _plus(states: torch.Tensor, bias: Any) -> torch.Tensor:
+    return states if bias is None else states + bias

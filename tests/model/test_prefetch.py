@@ -1,0 +1,104 @@
+"""Prefetching on a prediction: the same tokens, loads counted, the cache consistent, errors left to the demand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cache.keys import ExpertKey
+from offload.checkpoint.expert_file import ExpertFile
+from offload.config import SamplingSettings
+from offload.engine import Engine
+from offload.errors import ExpertFileError
+from offload.events import RunStats
+from offload.model.next_gate import NextGate
+from tests.engines import finish, open_tiny
+from tests.tiny_models import build_tiny
+
+VARIED = SamplingSettings(temperature=1.5, max_new_tokens=40, seed=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny("qwen3_moe", tmp_path_factory.mktemp("prefetch") / "model")
+
+
+def answer(engine: Engine) -> tuple[str, RunStats]:
+    _, done = finish(engine.generate("one two three", VARIED))
+    assert done.error is None
+    engine._runtime.cache.check_integrity()
+    return done.text, done.stats
+
+
+def test_the_same_tokens_with_and_without(checkpoint: Path, tmp_path: Path) -> None:
+    texts = set()
+    for prefetch in ("off", "next-gate"):
+        for residency in (0.01, 0.5, 1.0):
+            with open_tiny(checkpoint, tmp_path, prefetch=prefetch, residency=residency) as engine:
+                texts.add(answer(engine)[0])
+    assert len(texts) == 1
+
+
+def test_prefetches_are_made_used_and_counted(checkpoint: Path, tmp_path: Path) -> None:
+    with open_tiny(checkpoint, tmp_path, prefetch="next-gate", residency=0.5) as engine:
+        _, stats = answer(engine)
+    assert stats.prefetch == "next-gate"
+    assert stats.experts.prefetched > 0
+    assert 0 < stats.experts.prefetch_used <= stats.experts.prefetched
+    with open_tiny(checkpoint, tmp_path, residency=0.5) as engine:
+        assert answer(engine)[1].experts.prefetched == 0
+
+
+def test_a_failed_prefetch_is_no_error_until_it_is_needed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_tiny(checkpoint, tmp_path, prefetch="next-gate", residency=0.5) as engine:
+        expected = answer(engine)[0]
+        runtime = engine._runtime
+        layer = max(runtime._file._layers)
+        wanted = ExpertKey(layer, 0)
+        for resident in list(runtime.cache.resident()):
+            if resident == wanted:
+                runtime.cache._vacate(wanted)
+        real = ExpertFile.read_into
+
+        def failing(self: ExpertFile, key: ExpertKey, buffer: memoryview) -> int:
+            raise ExpertFileError(f"expert {key.expert} cannot be read")
+
+        monkeypatch.setattr(ExpertFile, "read_into", failing)
+        runtime._prefetch((layer, [0]))
+        while not all(ticket.ready() for ticket in runtime._ahead.values()):
+            pass
+        runtime._take_arrivals()
+        assert wanted not in runtime.cache.resident()
+        monkeypatch.setattr(ExpertFile, "read_into", real)
+        assert answer(engine)[0] == expected
+
+
+def test_prediction_is_the_next_router_on_this_layers_input(checkpoint: Path, tmp_path: Path) -> None:
+    with open_tiny(checkpoint, tmp_path) as engine:
+        model: Any = engine._model
+        blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+        modules = [module.__dict__["run_local"][1] for module in (block.experts for block in blocks)]
+        predictor = engine_predictor(engine)
+        hidden = torch.randn(1, model.config.hidden_size, dtype=model.dtype)
+        found = predictor.predict(modules[0], hidden, 2)
+        assert found is not None
+        layer, experts = found
+        assert layer == modules[1]
+        assert experts == blocks[1].gate(hidden)[2][0, :1].tolist(), "the better half of its choice"
+        assert predictor.predict(modules[-1], hidden, 2) is None, "there is nothing after the last layer"
+
+
+def engine_predictor(engine: Engine) -> NextGate:
+    from offload.model.transformers_api import ExpertsModule
+
+    found = []
+    for path, module in engine._model.named_modules():
+        if "run_local" in module.__dict__:
+            layer = module.__dict__["run_local"][1]
+            found.append(ExpertsModule(path, layer, int(module.num_experts), {}, module))  # type: ignore[arg-type]
+    return NextGate(engine._model, found)
