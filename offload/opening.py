@@ -27,7 +27,7 @@ from offload.demo import DEMO_NAME
 from offload.devices import get_device
 from offload.errors import ModelError, UsageError
 from offload.events import LoadProgress, Notice
-from offload.memory.activations import activation_bytes
+from offload.memory.activations import activation_bytes, staged_bytes
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
@@ -168,7 +168,7 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
         skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
         kv_bytes=kv_cache_bytes(source.model, context),
         activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager)
-        + (DECODE_BYTES if _quantised(settings) else 0),
+        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0),
         slot_bytes=max(
             weight_format.layout(module.tensors, module.transposed).record_bytes for module in source.experts
         ),

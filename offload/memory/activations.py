@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 _FLOAT32 = 4
+_CALL_ROWS = 512  # an expert may bring as many rows as the crossover beyond those that a call takes
 _KERNEL_BYTES = 24 * 2**20
 """Compiled kernels and their scratch memory, made at the first prefill (measured: 15 to 28 MiB on 2 cores)."""
 
@@ -35,6 +36,16 @@ def activation_bytes(config: PretrainedConfig, itemsize: int, context: int, chun
     block = max(attention, experts + tokens * hidden * itemsize, tokens * 4 * dense * itemsize)
     logits = text.vocab_size * (itemsize + 4 * _FLOAT32)  # one position, through the samplers
     return stream + block + logits + _KERNEL_BYTES
+
+
+def staged_bytes(config: PretrainedConfig, itemsize: int, context: int, chunk: int) -> int:
+    """What quantised experts need beyond that: products wait in float32, and kernels hold copies of their input."""
+    text = config.get_text_config()
+    hidden = text.hidden_size
+    inner = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", default=4 * hidden)
+    top_k = _first(text, "num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", default=2)
+    rows = min(chunk, context) * top_k
+    return rows * hidden * max(0, _FLOAT32 - itemsize) + min(rows, _CALL_ROWS) * (hidden + 2 * inner) * _FLOAT32
 
 
 def _first(config: object, *names: str, default: int = 0) -> int:

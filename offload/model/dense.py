@@ -18,9 +18,10 @@ from offload.compute.product import Products
 from offload.model import transformers_api as api
 
 _BITS = {"int8": 8, "int4": 4}
-_HEAD_BITS = 8
-"""At least, for the head and an embedding tied to it: their errors go into the probabilities as they are. On the demo
-model 4 bits there alone cost 15 % in perplexity and 8 bits nothing; in an embedding alone 4 bits cost 1 %."""
+_DELICATE_BITS = 8
+_DELICATE = frozenset({"v_proj", "down_proj"})
+"""These, the head, and an embedding tied to it have no fewer bits than that: nothing averages their errors out. The
+figures are in docs/developer.md."""
 _MIN_ROWS, _MIN_COLUMNS = 16, 32
 _SKINNY = 16
 """A linear layer with so many more inputs than outputs is a gate of some sort: it decides much and weighs little."""
@@ -77,8 +78,8 @@ def find_dense(
         modules = tuple(name.removesuffix(".weight") for name in sharers.get(parameter, [parameter]))
         if all(name in found for name in modules):  # else a native module needs the native weights
             bits = _BITS[dense_format]
-            if any(found[name] is head for name in modules):
-                bits = max(bits, _HEAD_BITS)
+            if any(found[name] is head or name.rpartition(".")[2] in _DELICATE for name in modules):
+                bits = max(bits, _DELICATE_BITS)
             rows, columns = module.weight.shape
             matrices.append(DenseMatrix(modules, MatrixLayout.make(rows, columns, bits), module.weight.dtype))
     return tuple(matrices)

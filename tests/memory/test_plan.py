@@ -170,3 +170,15 @@ def test_plan_is_frozen_and_pure() -> None:
     with pytest.raises(AttributeError):
         plan.slots = 3  # type: ignore[misc]
     assert replace(plan) == plan
+
+
+def test_quantised_experts_stage_their_products_in_float32() -> None:
+    from transformers import Qwen3MoeConfig
+
+    from offload.memory.activations import staged_bytes
+
+    config = Qwen3MoeConfig(hidden_size=1024, num_experts_per_tok=8, moe_intermediate_size=256)
+    few, many = (staged_bytes(config, 2, 4096, chunk) for chunk in (1, 512))
+    assert many - few >= 511 * 8 * 1024 * 2, "two more bytes for each value of each product"
+    assert staged_bytes(config, 4, 4096, 512) < many
+    assert staged_bytes(config, 2, 64, 512) == staged_bytes(config, 2, 64, 64), "the context bounds the chunk"

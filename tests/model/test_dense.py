@@ -146,12 +146,14 @@ def test_tied_embeddings_share_one_matrix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_head_has_8_bits_at_least(tied: bool) -> None:
+def test_what_is_delicate_has_8_bits_at_least(tied: bool) -> None:
     dense = dense_of(meta_model("qwen3_moe", tie_word_embeddings=tied), "int4")
     bits = {name: matrix.layout.bits for name, matrix in dense.items()}
     assert bits.pop("model.embed_tokens") == (8 if tied else 4)
     assert tied or bits.pop("lm_head") == 8
-    assert set(bits.values()) == {4}
+    kinds = {name.rpartition(".")[2]: count for name, count in bits.items()}
+    assert kinds == {"q_proj": 4, "k_proj": 4, "v_proj": 8, "o_proj": 4}
+    assert dense_of(meta_model("glm4_moe"), "int4")["model.layers.0.mlp.down_proj"].layout.bits == 8
 
 
 @pytest.mark.parametrize("tied", [True, False])
