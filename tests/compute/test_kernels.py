@@ -267,6 +267,18 @@ def test_an_experts_rows_do_not_depend_on_the_others(
         assert torch.isnan(waves[[0, 2]]).all(), "rows of no job are left alone"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_that_goes_through_an_expert_twice(dtype: torch.dtype, kernels: Kernels) -> None:
+    experts = [gated(64, 32, (4, 64), (4, 64), seed) for seed in range(2)]
+    inputs = normal(1, 64, dtype=dtype)
+    output = torch.full((6, 64), torch.nan)
+    jobs = [(experts[0].memory.data_ptr(), 0, 0, 5), (experts[1].memory.data_ptr(), 0, 5, 1)]
+    kernels.silu_experts(experts[0].expert, jobs, inputs, output, torch.zeros(6, dtype=torch.int32))
+    assert (output[:5] == output[0]).all()
+    for row, expert in ((0, experts[0]), (5, experts[1])):
+        assert_close(output[row : row + 1] / 32**0.5, expert.product(inputs), 1e-5 if dtype is torch.float32 else 8e-3)
+
+
 def test_silu_of_large_values(kernels: Kernels) -> None:
     expert = gated(64, 32, (8, 0), (8, 0), 0)
     for size in (0.0, 1e-20, 10.0, 1e3, 1e8):

@@ -537,7 +537,8 @@ int rl_silu_experts(const Expert *e, int jobs, const Job *list, const void *x, i
   const size_t stride = round_up(width, 16);
   const int rows = collect_rows(jobs, list, &row_of, &start);
   /* one token for all experts, as in decoding, is made ready once */
-  const int shared = tokens == 1;
+  int shared = tokens == 1;
+  for (int j = 0; j < jobs; j++) shared &= list[j].count <= 1; /* not if it goes through an expert twice */
   if (rows < 0 || panel_init(&outer, &e->gate_up, shared ? 1 : rows, exact, &panel_values, &panel_sums) ||
       panel_init(&inner, &e->down, rows, exact, &inner_values, &inner_sums))
     return -1;
