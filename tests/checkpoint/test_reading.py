@@ -57,19 +57,21 @@ def test_nothing_is_copied_on_the_way(architecture: str, tmp_path: Path) -> None
 def test_announcing_asks_for_what_is_read(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_source(architecture, tmp_path)
     asked: list[tuple[int, int]] = []
+    dropped: list[tuple[int, int]] = []
     read: list[tuple[int, int]] = []
+    lists = {os.POSIX_FADV_WILLNEED: asked, os.POSIX_FADV_DONTNEED: dropped}
     preadv = os.preadv
 
     def watched(fd: int, buffers: list[memoryview], at: int) -> int:
         read.append((at, len(buffers[0])))
         return preadv(fd, buffers, at)
 
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, advice: asked.append((at, size)))
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, advice: lists[advice].append((at, size)))
     source.announce_expert(source.experts[1], 2)
     monkeypatch.setattr(os, "preadv", watched)
     source.read_expert(source.experts[1], 2, Staging())
     assert asked
-    assert sorted(asked) == sorted(read)
+    assert sorted(asked) == sorted(read) == sorted(dropped), "and does not stay in the page cache"
 
 
 def test_staging_is_used_again() -> None:

@@ -170,7 +170,7 @@ def test_every_architecture_with_int8(architecture: str, tmp_path: Path) -> None
         events, done = finish(engine.generate("the expert that", SamplingSettings(temperature=0, max_new_tokens=5)))
         assert done.reason in ("length", "stop")
         assert sum(isinstance(event, Token) for event in events) > 0
-    with open_tiny(checkpoint, tmp_path / "packs", format="int8") as engine:
+        engine.reset()
         assert far(logits(engine), native) < 0.025
 
 
@@ -179,8 +179,9 @@ FAMILIES = ("qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v4", "gemma4_text", 
 NEAR = {"int8": 0.025, "mixed": 0.25, "int4": 0.35}
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-@pytest.mark.parametrize("format_name", ["int8", "mixed", "int4"])
+@pytest.mark.parametrize(
+    ("format_name", "kernels"), [("int8", "auto"), ("mixed", "auto"), ("int4", "auto"), ("mixed", "torch")]
+)
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_the_same_logits_at_any_cache_size_and_policy(
     architecture: str, format_name: str, kernels: str, tmp_path: Path
@@ -199,7 +200,7 @@ def test_the_same_logits_at_any_cache_size_and_policy(
 
     whole = run(ALL, "lru")
     assert 0 < far(whole, native) < NEAR[format_name]
-    for residency, policy in ((SMALLEST, "lru"), (HALF, "lru"), (HALF, "ewma:half_life=4"), (SMALLEST, "ewma")):
+    for residency, policy in ((SMALLEST, "lru"), (HALF, "ewma:half_life=4")):
         assert_equal(run(residency, policy), whole)
 
 
