@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +17,8 @@ class Events:
     """E events in execution order, A accesses in all; one access is one distinct expert of one event.
 
     ``request``, ``decode`` (bool), ``layer`` and ``tokens`` (rows that ran together) are [E]. The experts of event
-    ``e`` are ``experts[starts[e]:starts[e + 1]]``, ascending, and ``weights`` [A] are the router's weights of each,
-    summed over the event's tokens. ``starts`` is [E + 1].
+    ``e`` are ``experts[starts[e]:starts[e + 1]]``, in the order of :func:`by_rank`, and ``weights`` [A] are the router's
+    weights of each, summed over the event's tokens. ``starts`` is [E + 1].
     """
 
     request: NDArray[np.int32]
@@ -75,10 +77,16 @@ def trace_events(trace: Trace) -> Events:
     rank[order] = np.arange(len(first))
     event = rank[number]
     first = first[order]
+    # Accesses by event, then rank, then token; one that its event had before goes.
     ids = trace.ids.astype(np.int64).reshape(-1)
-    named = (ids >= 0) & (ids < experts)
-    access, inverse = np.unique(np.repeat(event, k)[named] * experts + ids[named], return_inverse=True)
-    weights = np.bincount(inverse, trace.weights.astype(np.float32).reshape(-1)[named], len(access))
+    row = np.repeat(event, k)
+    order = np.lexsort((np.tile(np.arange(k), rows), row))
+    order = order[(ids[order] >= 0) & (ids[order] < experts)]
+    code, weights = row[order] * experts + ids[order], trace.weights.reshape(-1)[order].astype(np.float32)
+    _, at, number = np.unique(code, return_index=True, return_inverse=True)
+    summed = np.bincount(number, weights, len(at))
+    in_order = np.argsort(at)
+    access, weights = code[at[in_order]], summed[in_order]
     counts = np.bincount(access // experts, minlength=len(first))
     return Events(
         trace.request[first],
@@ -89,3 +97,11 @@ def trace_events(trace: Trace) -> Events:
         (access % experts).astype(np.int16),
         weights.astype(np.float32),
     )
+
+
+def by_rank(ids: Iterable[Iterable[int]], experts: int) -> list[int]:
+    """The distinct experts of one event, whose tokens chose ``ids`` [T, k]: all first choices, then the second, ...
+
+    The order in which a cache is told of them. Ids at or beyond ``experts`` name no expert.
+    """
+    return [expert for expert in dict.fromkeys(chain.from_iterable(zip(*ids, strict=True))) if 0 <= expert < experts]

@@ -94,5 +94,7 @@ def _from_fields(data: Mapping[str, Any], path: Path) -> Hardware:
         rates = [data.get(f"{what}_bytes_per_s") for what in ("int4", "int8", "memory")]
         values["expert_bytes_per_s"] = next((rate for rate in rates if rate is not None), None)
     if values["expert_bytes_per_s"] is None or values.get("disk_bytes_per_s") is None is values.get("link_bytes_per_s"):
-        raise HardwareError(f"{path}: has no rate of the disk or the link and of the memory; write it with bench --calibrate")
+        raise HardwareError(
+            f"{path}: has no rate of the disk or the link and of the memory; write it with bench --calibrate"
+        )
     return Hardware(**{"name": path.stem, "disk_bytes_per_s": None, "link_bytes_per_s": None} | values)
