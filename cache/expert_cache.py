@@ -279,20 +279,20 @@ class ExpertCache:
 
     def _take_slots(self, keys: Sequence[ExpertKey], free: int, victims: list[ExpertKey]) -> list[Reservation]:
         """The first ``free`` keys take free slots, the others those of ``victims``, one for each."""
+        for victim in victims:  # all go before the first comes, so that a policy sees one search carried out
+            self._vacate(victim)
+        self.counters.evictions += len(victims)
+        slots = self._free[len(self._free) - len(keys) :]
+        del self._free[len(self._free) - len(keys) :]
+        slots = slots[: len(slots) - len(victims)][::-1] + slots[len(slots) - len(victims) :]
         reservations = []
-        for number, key in enumerate(keys):
-            victim = None
-            if number >= free:
-                victim = victims[number - free]
-                self._vacate(victim)
-                self.counters.evictions += 1
-            slot = self._free.pop()
+        for number, (key, slot) in enumerate(zip(keys, slots, strict=True)):
             self._key[slot] = key
             self._slot[key] = slot
             self._held[key.layer] += 1
             self._loading.add(key)
             self.policy.admit(key)
-            reservations.append(Reservation(key, slot, victim))
+            reservations.append(Reservation(key, slot, victims[number - free] if number >= free else None))
         return reservations
 
     def _finish_loading(self, key: ExpertKey) -> None:

@@ -6,15 +6,22 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+from cache.policies.arc import ARC
 from cache.policies.base import Policy, PolicyContext, PolicyError
 from cache.policies.belady import Belady
 from cache.policies.ewma import EWMA
+from cache.policies.least_stale import LeastStale
 from cache.policies.lfu import LFU
 from cache.policies.lru import LRU
 from cache.policies.per_layer import PerLayer
+from cache.policies.random import Random
+from cache.policies.s3fifo import S3FIFO
+from cache.policies.sieve import Sieve
+from cache.policies.slru import SLRU
+from cache.policies.static import Static
 from cache.shares import SCOPES
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (LRU, LFU, EWMA, Belady)}
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (LRU, LFU, EWMA, SLRU, S3FIFO, Sieve, ARC, LeastStale, Static, Random, Belady)}
 
 __all__ = ["POLICIES", "Policy", "PolicyContext", "PolicyError", "make_policy", "runtime_policies"]
 
