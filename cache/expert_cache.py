@@ -214,6 +214,13 @@ class ExpertCache:
         self._event = ()
         self._needed = set()
 
+    def clear(self) -> None:
+        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError if one is in use."""
+        if self._event or self._loading:
+            raise RuntimeError("clear: an event is open or a record is loading")
+        for key in list(self._slot):
+            self._vacate(key)
+
     def check_integrity(self) -> None:
         """Assert every invariant of the state machine. For tests; O(slots)."""
         held = {key: slot for slot, key in enumerate(self._key) if key is not None}
