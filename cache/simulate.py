@@ -32,9 +32,9 @@ class ReplaySettings:
     hardware a prefetch arrives before the next event.
     """
 
-    policy: str = "ewma"
+    policy: str = "foresight"
     slots: int = 1
-    scope: str = "layer"
+    scope: str = "global"
     fresh_per_request: bool = False
     seed: int = 0
     predictor: str | None = None
