@@ -16,6 +16,7 @@ from types import TracebackType
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from cache.cache_log import LoggedCache
 from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
 from offload.checkpoint.expert_file import ExpertFile
@@ -246,13 +247,17 @@ class Engine:
         self._lane.close()
         self._file.close()
         self._arena.close()
-        if self._recorder is not None and self._settings.trace_out is not None:
-            try:
-                self._recorder.save(self._settings.trace_out)
-            except OSError as error:
-                raise RunLocalError(
-                    f"--trace-out: {self._settings.trace_out} cannot be written ({error.strerror or error})"
-                ) from error
+        cache = self._runtime.cache
+        outputs = [
+            ("--trace-out", self._settings.trace_out, self._recorder and self._recorder.save),
+            ("--cache-log", self._settings.cache_log, cache.save if isinstance(cache, LoggedCache) else None),
+        ]
+        for flag, path, save in outputs:
+            if path is not None and save is not None:
+                try:
+                    save(path)
+                except OSError as error:
+                    raise RunLocalError(f"{flag}: {path} cannot be written ({error.strerror or error})") from error
 
     def __enter__(self) -> Engine:
         return self

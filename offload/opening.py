@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from cache.cache_log import CacheSetup, LoggedCache
 from cache.expert_cache import ExpertCache
-from cache.policies import PolicyContext, make_policy
 from cache.trace import TraceRecorder
 from offload.checkpoint.dense_file import ensure_dense
 from offload.checkpoint.expert_file import ExpertFile
@@ -108,9 +108,13 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     lane = DiskLane(file, settings.read_workers)
     numbers = [module.layer for module in modules]
     most_experts = max(module.num_experts for module in modules)
-    context = PolicyContext(settings.scope, settings.seed or 0, layers=len(modules), experts=most_experts)
-    policy = make_policy(settings.policy, context)
-    cache = ExpertCache(plan.slots, policy, numbers if settings.scope == "layer" else None)
+    setup = CacheSetup(
+        settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0
+    )
+    if settings.cache_log is not None:
+        cache: ExpertCache = LoggedCache(setup)
+    else:
+        cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers())
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:

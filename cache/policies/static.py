@@ -20,6 +20,7 @@ class Static(ScoredPolicy):
     """
 
     name = "static"
+    growing = True
     takes = "file"
 
     def __init__(self, uses: Mapping[ExpertKey, float]) -> None:
