@@ -1,7 +1,7 @@
 """What an event costs: ``python -m cache.benchmark``.
 
-Times the policy alone (what it is told and asked for an event, on the keys that a real cache would ask it about) and the
-whole cache with it, for a model with 48 layers of 128 experts, 8 of them for each token.
+Times the policy alone (what it is told and asked for an event, on the keys that a real cache would ask it about) and
+the whole cache with it, for a model with 48 layers of 128 experts, 8 of them for each token.
 """
 
 from __future__ import annotations

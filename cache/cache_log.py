@@ -170,7 +170,8 @@ def _reserve_ahead(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:
 
 def _change(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:
     setup = _setup(a[0])
-    return None, cache.change_policy(setup.make_policy(), setup.shared_layers())
+    cache.change_policy(setup.make_policy(), setup.shared_layers())
+    return None, None
 
 
 def _reservations(values: Iterable[Sequence[Any]]) -> list[Reservation]:

@@ -122,12 +122,11 @@ class ExpertCache:
         """The resident keys with their states. The one method that other threads may call: the copies are made in one
         step each, so that a key may show the state of a moment before, but nothing is torn."""
         keys, loading = self._key[:], self._loading.copy()
-        return [
-            (key, SlotState.LOADING if key in loading else SlotState.READY) for key in keys if key is not None
-        ]
+        return [(key, SlotState.LOADING if key in loading else SlotState.READY) for key in keys if key is not None]
 
     def change_policy(self, policy: Policy, layers: Iterable[int] | None = None) -> None:
-        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents stay.
+        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents
+        stay.
 
         The policy is told of them as if they had just been admitted, the coldest of the old policy first. Raises
         RuntimeError if an event is open.
@@ -236,7 +235,7 @@ class ExpertCache:
         self._needed = set()
 
     def clear(self) -> None:
-        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError if one is in use."""
+        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError within one."""
         if self._event or self._loading:
             raise RuntimeError("clear: an event is open or a record is loading")
         for key in list(self._slot):

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -19,10 +20,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from cache.cache_log import LoggedCache
 from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
+from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.devices import SlotArena
-from offload.changes import apply_changes
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
 from offload.events import (
     Done,
@@ -248,8 +249,8 @@ class Engine:
         self._file.close()
         self._arena.close()
         cache = self._runtime.cache
-        outputs = [
-            ("--trace-out", self._settings.trace_out, self._recorder and self._recorder.save),
+        outputs: list[tuple[str, Path | None, Callable[[Path], None] | None]] = [
+            ("--trace-out", self._settings.trace_out, self._recorder.save if self._recorder is not None else None),
             ("--cache-log", self._settings.cache_log, cache.save if isinstance(cache, LoggedCache) else None),
         ]
         for flag, path, save in outputs:

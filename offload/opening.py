@@ -108,9 +108,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     lane = DiskLane(file, settings.read_workers)
     numbers = [module.layer for module in modules]
     most_experts = max(module.num_experts for module in modules)
-    setup = CacheSetup(
-        settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0
-    )
+    setup = CacheSetup(settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0)
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
@@ -119,9 +117,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     recorder = None
     if settings.trace_out is not None:
         top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
-        recorder = TraceRecorder(
-            resolved.name, len(modules), most_experts, int(top_k or 0)
-        )
+        recorder = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0))
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules)
     compute = expert_compute(weight_format, products)

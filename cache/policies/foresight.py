@@ -29,16 +29,16 @@ class _Foretold(NamedTuple):
 class Foresight(Policy):
     """Gives up the record with the lowest foretold use: a learned part, and the share of recent events that used it.
 
-    The learned part: each expert of a layer has a row in the layer's table, and the mean of the rows of an event's first
-    ``evidence`` experts by rank foretells the uses of all experts of the layer, later ones for less. An event counts ``gamma`` times the
-    one before it, where ``gamma`` is 1 minus the share of the layer's residents that one event takes: the horizon is
-    about the time that a record can stay. The rows learn by temporal differences: what was foretold an event ago moves by
-    ``rate`` of its error towards what happened and what is foretold now. The other part is the decayed count of
-    ``ewma`` as a share of events, times ``mix``; with an empty table only that is left.
+    The learned part: each expert of a layer has a row in the layer's table, and the mean of the rows of an event's
+    first ``evidence`` experts by rank foretells the uses of all experts of the layer, later ones for less. An event
+    counts ``gamma`` times the one before it, where ``gamma`` is 1 minus the share of the layer's residents that one
+    event takes: the horizon is about the time that a record can stay. The rows learn by temporal differences: what
+    was foretold an event ago moves by ``rate`` of its error towards what happened and what is foretold now. The other
+    part is the decayed count of ``ewma`` as a share of events, times ``mix``; with an empty table only that is left.
 
-    The tables take 4 E^2 bytes a layer (E experts); if that is more than ``table_mib`` in all there are none, and this is
-    ``ewma``. Learning waits until the forward pass is through and is done for all layers at once, which changes no result:
-    a layer's table is next used in the next pass.
+    The tables take 4 E^2 bytes a layer (E experts); if that is more than ``table_mib`` in all there are none, and
+    this is ``ewma``. Learning waits until the forward pass is through and is done for all layers at once, which
+    changes no result: a layer's table is next used in the next pass.
 
     Sources: Sutton, "Learning to predict by the methods of temporal differences", Machine Learning 3, 1988; Dayan,
     "Improving generalization for temporal difference learning: the successor representation", Neural Computation 5(4),
@@ -145,7 +145,9 @@ class Foresight(Policy):
 
     def resident(self) -> set[ExpertKey]:
         rows, experts = np.nonzero(self._absent == 0)
-        return {ExpertKey(self._numbers[at], expert) for at, expert in zip(rows.tolist(), experts.tolist(), strict=True)}
+        return {
+            ExpertKey(self._numbers[at], expert) for at, expert in zip(rows.tolist(), experts.tolist(), strict=True)
+        }
 
     def train(self, events: Events) -> None:
         """Learn from the events of other requests."""
@@ -239,8 +241,10 @@ class Foresight(Policy):
         if at is None:
             at = self._index[layer] = len(self._numbers)
             self._numbers.append(layer)
-            for values, first in ((self._weight, 1.0), (self._total, 0.0), (self._residents, 0), (self._last, None)):
-                values.append(first)  # type: ignore[attr-defined]
+            self._weight.append(1.0)
+            self._total.append(0.0)
+            self._residents.append(0)
+            self._last.append(None)
             if at >= len(self._uses):
                 self._grow(2 * at, self._width)
         return at

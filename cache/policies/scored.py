@@ -14,12 +14,12 @@ from cache.policies.base import Policy
 class ScoredPolicy(Policy):
     """Keeps resident keys in a heap by ``(score, time of the score)``, lowest first.
 
-    Each resident has a live entry; those in the heap that are not live are stale. Where scores only grow (``growing``) a
-    use changes the live entry alone: its key's entry in the heap is too low, so it comes to the top in time and is put
-    right there. Elsewhere every use pushes an entry; stale ones are dropped when they come to the top, and the heap is
-    rebuilt when they outnumber the live ones, so that an access costs O(log n) amortised. Subclasses keep a score for
-    every expert ever seen, resident or not: an expert that comes back keeps its history, and the number of experts bounds
-    the memory.
+    Each resident has a live entry; those in the heap that are not live are stale. Where scores only grow
+    (``growing``) a use changes the live entry alone: its key's entry in the heap is too low, so it comes to the top
+    in time and is put right there. Elsewhere every use pushes an entry; stale ones are dropped when they come to the
+    top, and the heap is rebuilt when they outnumber the live ones, so that an access costs O(log n) amortised.
+    Subclasses keep a score for every expert ever seen, resident or not: an expert that comes back keeps its history,
+    and the number of experts bounds the memory.
     """
 
     growing: ClassVar[bool] = False

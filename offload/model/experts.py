@@ -156,13 +156,11 @@ class ExpertRuntime:
             return list(loading)
         return list(itertools.takewhile(lambda key: self._tickets[key].ready(), loading)) or loading[:1]
 
-    def _compute_ready(
-        self, event: EventCompute, ready: list[ExpertKey], misses: list[ExpertKey]
-    ) -> list[ExpertKey]:
+    def _compute_ready(self, event: EventCompute, ready: list[ExpertKey], misses: list[ExpertKey]) -> list[ExpertKey]:
         """Compute and release ``ready``; starts loads of ``misses``, taken off the queue, in slots that come free.
 
-        One slot at a time, so that the victims do not depend on how many are ready together. Without ``ready`` it starts
-        what can be started now.
+        One slot at a time, so that the victims do not depend on how many are ready together. Without ``ready`` it
+        starts what can be started now.
         """
         if ready:
             event.compute(ready)

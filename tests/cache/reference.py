@@ -21,8 +21,8 @@ Barred = Callable[[ExpertKey], bool]
 class Reference:
     """Keeps the residents in the order of their admission and runs :meth:`choose` on a copy of itself.
 
-    ``choose`` may change that copy as its algorithm does; when a victim is evicted, the copy as it was after choosing that
-    victim becomes the policy.
+    ``choose`` may change that copy as its algorithm does; when a victim is evicted, the copy as it was after choosing
+    that victim becomes the policy.
     """
 
     def __init__(self) -> None:
