@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import torch
@@ -70,6 +71,7 @@ class Engine:
         self,
         *,
         model: PreTrainedModel,
+        decoding: AbstractContextManager[None],
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
         plan: Plan,
@@ -82,6 +84,7 @@ class Engine:
         settings: EngineSettings,
     ) -> None:
         self._model = model
+        self._decoding = decoding
         self._encoder = encoder
         self._defaults = generation_config
         self._plan = plan
@@ -254,7 +257,8 @@ class Engine:
             while len(tokens) < limit:
                 if self._runtime.cancelled.is_set():
                     raise Cancelled
-                token = sampler(tokens, logits)
+                with self._decoding:
+                    token = sampler(tokens, logits)
                 tokens.append(token)
                 tally.new_tokens += 1
                 if tally.new_tokens == 1:
@@ -297,7 +301,8 @@ class Engine:
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         began = time.perf_counter()
-        logits = self._forward([token], decode=True)[-1]
+        with self._decoding:
+            logits = self._forward([token], decode=True)[-1]
         tally.decode_seconds += time.perf_counter() - began
         tally.decode_steps += 1
         return logits
