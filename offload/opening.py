@@ -16,10 +16,12 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.hub import ResolvedModel
 from offload.checkpoint.library import OnEvent, ensure_pack
+from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import crossover
 from offload.compute.choose import expert_compute
+from offload.compute.decoded import decode_bytes
 from offload.compute.kernels import load_kernels
 from offload.compute.product import DECODE_BYTES, Products
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
@@ -79,7 +81,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
                 "the cache has something to do (--residency 1 holds all)"
             )
         )
-    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME:
+    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME and source.method is None:
         on_event(
             Notice(
                 f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
@@ -168,10 +170,9 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
         skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
         kv_bytes=kv_cache_bytes(source.model, context),
         activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager)
-        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0),
-        slot_bytes=max(
-            weight_format.layout(module.tensors, module.transposed).record_bytes for module in source.experts
-        ),
+        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0)
+        + (decode_bytes(_expert_shapes(source), itemsize) if source.method and weight_format.published else 0),
+        slot_bytes=max(record_layout(source, module, weight_format).record_bytes for module in source.experts),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
     )
@@ -187,6 +188,10 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
         settings.ram,
         residency,
     )
+
+
+def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:
+    return [shape for module in source.experts for shape, _ in module.tensors.values()]
 
 
 def _demo_residency(settings: EngineSettings) -> bool:

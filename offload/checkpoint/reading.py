@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from offload.checkpoint.formats.packed import Entry
 from offload.checkpoint.manifest import align
 from offload.errors import ModelError
 
 _ALIGNMENT = 16  # of a piece of staging memory: any dtype may stand there
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
 """The names that safetensors has for dtypes; tensors of others are left to its own reader."""
@@ -96,6 +97,24 @@ class TensorFiles:
             raise ModelError(f"{file}: tensor {key} cannot be read ({reason}); download the file again") from error
         return memory.view(place.dtype).view(last - first, *place.shape[1:])
 
+    def entries(self) -> dict[str, Entry]:
+        """Dtype and shape of every tensor. Raises ModelError if a header is damaged."""
+        found = {}
+        for key, file in self._files.items():
+            try:
+                entry = self._header(file)[2][key]
+                found[key] = Entry(_DTYPES.get(entry["dtype"]), tuple(entry["shape"]))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{file}: the file is damaged or incomplete ({error}); download it again") from error
+        return found
+
+    def read_whole(self, key: str) -> torch.Tensor:
+        """A whole tensor in memory of its own. Raises ModelError if it cannot be read."""
+        found = self.read(key, slice(None), Staging())
+        if found is None:
+            raise ModelError(f"{self._files[key]}: tensor {key} has a dtype or shape that is not supported")
+        return found
+
     def announce(self, key: str, rows: slice) -> None:
         """Let the system start reading ``rows`` of a tensor: :meth:`read` comes soon."""
         if not hasattr(os, "posix_fadvise"):
@@ -115,8 +134,8 @@ class TensorFiles:
             os.close(fd)
         self._open.clear()
 
-    def _place(self, key: str) -> _Place | None:
-        file = self._files[key]
+    def _header(self, file: Path) -> tuple[int, int, dict[str, Any]]:
+        """File descriptor, start of the data, and the header."""
         if file not in self._open:
             fd = os.open(file, os.O_RDONLY)
             try:
@@ -125,7 +144,10 @@ class TensorFiles:
             except BaseException:
                 os.close(fd)
                 raise
-        fd, data, header = self._open[file]
+        return self._open[file]
+
+    def _place(self, key: str) -> _Place | None:
+        fd, data, header = self._header(self._files[key])
         entry = header[key]
         dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
         if dtype is None or not shape:

@@ -22,6 +22,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -101,13 +103,6 @@ def read_config(folder: Path) -> PretrainedConfig:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder / 'config.json'}: the config cannot be used: {reason[:300]}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config
-        method = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
-        raise ModelError(
-            f"{folder}: the checkpoint is quantised ({method}), which is not supported yet; "
-            "use an unquantised (bf16, fp16 or fp32) checkpoint of this model"
-        )
     return config
 
 
@@ -233,31 +228,30 @@ def take_experts(model: PreTrainedModel, experts: Iterable[ExpertsModule]) -> No
 def load_weights(
     model: PreTrainedModel,
     folder: Path,
-    keys: Mapping[str, Path],
+    tensors: Mapping[str, Any],
     dtype: torch.dtype,
     device: torch.device,
     on_tensor: Callable[[int], None],
 ) -> None:
-    """Load the checkpoint tensors ``keys`` (name -> file) into a meta model, through transformers' own conversion.
+    """Load checkpoint tensors into a meta model, through transformers' own conversion.
 
-    Changes ``model`` in place: weights on ``device`` in the checkpoint's dtype, tied weights tied, buffers built.
+    ``tensors`` gives for each name what is read with ``[...]``. Changes ``model`` in place: weights on ``device`` in
+    the checkpoint's dtype, tied weights tied, buffers built.
     ``on_tensor`` is called with the bytes of each tensor as it is read. Raises ModelError if a weight is missing
     or has another shape than the config says.
     """
-    with contextlib.ExitStack() as stack:
-        handles = {file: stack.enter_context(open_safetensors(file)) for file in set(keys.values())}
-        state = {key: _CountedSlice(handles[file].get_slice(key), on_tensor) for key, file in keys.items()}
-        config = LoadStateDictConfig(
-            pretrained_model_name_or_path=str(folder),
-            device_map={"": device},
-            dtype=dtype,
-            dtype_plan=model._get_dtype_plan(dtype),
-            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
-        )
-        try:
-            info, _ = type(model)._load_pretrained_model(model, state, None, config)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder}: a weight cannot be read ({error})") from error
+    state = {key: _CountedSlice(tensor, on_tensor) for key, tensor in tensors.items()}
+    config = LoadStateDictConfig(
+        pretrained_model_name_or_path=str(folder),
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+    )
+    try:
+        info, _ = type(model)._load_pretrained_model(model, state, None, config)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder}: a weight cannot be read ({error})") from error
     with contextlib.suppress(RuntimeError):  # raised with a table of what is wrong; its first line is said below
         info = type(model)._finalize_model_loading(model, config, info)
     for problem, names in (
@@ -405,6 +399,20 @@ def _apply_dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if found := pattern.search(name):
             tensor.data = tensor.data.to(plan[name_of[str(found.lastgroup)]])
+
+
+def joined_patterns(converter: WeightConverter | None) -> list[str] | None:
+    """The source patterns of a converter whose tensors stand one below the other in what it makes of one expert.
+
+    Empty without a converter; None for one that does more than stacking experts and joining rows.
+    """
+    if converter is None:
+        return []
+    for operation in converter.operations:
+        stacks = type(operation) is MergeModulelist and operation.dim == 0
+        if not stacks and not (isinstance(operation, Concatenate) and operation.dim == 1):
+            return None
+    return list(converter.source_patterns)
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:
