@@ -36,11 +36,18 @@ class Pair(NamedTuple):
     reference: Path
 
 
-def publish(
-    model_type: str, folder: Path, quantise: Publish, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16
-) -> Pair:
-    """``config`` is the ``quantization_config``."""
-    plain = build_tiny(model_type, folder / "plain", dtype=dtype)
+class Format(NamedTuple):
+    """``config`` is the ``quantization_config``, ``sizes`` replaces fields of the tiny config."""
+
+    architecture: str
+    quantise: Publish
+    config: dict[str, Any]
+    sizes: dict[str, Any] | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+
+def publish(form: Format, folder: Path) -> Pair:
+    plain = build_tiny(form.architecture, folder / "plain", dtype=form.dtype, sizes=form.sizes)
     pair = Pair(folder / "published", folder / "reference")
     tensors = {}
     for file in sorted(plain.glob("*.safetensors")):
@@ -49,7 +56,7 @@ def publish(
     (plain / INDEX_FILE).unlink(missing_ok=True)
     published, reference = {}, {}
     for name, weight in tensors.items():
-        found = quantise(name, weight)
+        found = form.quantise(name, weight)
         published |= {name: weight} if found is None else found.parts
         reference[name] = weight if found is None else found.weight
         assert reference[name].shape == weight.shape
@@ -57,7 +64,7 @@ def publish(
         shutil.copytree(plain, target)
         save_file({name: tensor.contiguous() for name, tensor in held.items()}, target / "model.safetensors")
     said = json.loads((plain / "config.json").read_text())
-    (pair.published / "config.json").write_text(json.dumps(said | {"quantization_config": config}))
+    (pair.published / "config.json").write_text(json.dumps(said | {"quantization_config": form.config}))
     shutil.rmtree(plain)
     return pair
 
@@ -98,19 +105,44 @@ def fp8(name: str, weight: torch.Tensor, left_out: tuple[str, ...] = ()) -> Publ
     return Published({name: codes, f"{name}_scale_inv": scales}, back.to(weight.dtype))
 
 
+# --- MXFP4
+
+FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def mxfp4(name: str, weight: torch.Tensor) -> Published | None:
+    """``weight`` is [experts, inputs, outputs], and is published the other way round."""
+    if not name.endswith(("gate_up_proj", "down_proj")):
+        return None
+    turned = weight.transpose(1, 2).float()
+    groups = turned.unflatten(-1, (-1, 32))
+    exponent = groups.abs().amax(-1).log2().floor() - 2  # the largest weight is between 4 and 8
+    scaled = groups / exponent.exp2()[..., None]
+    codes = (scaled.abs()[..., None] - torch.tensor(FP4_VALUES)).abs().argmin(-1)
+    back = torch.tensor(FP4_VALUES)[codes] * scaled.sign() * exponent.exp2()[..., None]
+    codes = (codes + 8 * (scaled < 0)).to(torch.uint8)
+    parts = {f"{name}_blocks": codes[..., 0::2] + 16 * codes[..., 1::2], f"{name}_scales": (exponent + 127).byte()}
+    return Published(parts, back.flatten(-2).transpose(1, 2).to(weight.dtype))
+
+
 # --- all of them
 
-FORMATS: dict[str, tuple[str, Publish, dict[str, Any]]] = {  # name -> (architecture, encoder, quantization_config)
-    "fp8": ("deepseek_v3", fp8, fp8_config()),
-    "fp8, some left out": (
+FORMATS = {
+    "fp8": Format("deepseek_v3", fp8, fp8_config()),
+    "fp8, some left out": Format(
         "qwen3_moe",
         lambda name, weight: fp8(name, weight, ("self_attn.v_proj", "layers.2.")),
         fp8_config(modules_to_not_convert=["lm_head", "model.layers.2"]),
     ),
-    "fp8, other names": ("minimax_m2", fp8, fp8_config()),
+    "fp8, other names": Format("minimax_m2", fp8, fp8_config()),
+    "mxfp4": Format(
+        "gpt_oss",
+        mxfp4,
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+        {"intermediate_size": 96},
+    ),
 }
 
 
 def build_published(name: str, folder: Path) -> Pair:
-    architecture, quantise, config = FORMATS[name]
-    return publish(architecture, folder, quantise, config)
+    return publish(FORMATS[name], folder)

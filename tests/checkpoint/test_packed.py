@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from offload.checkpoint.formats.fp8 import Fp8Layout
 from offload.checkpoint.formats.methods import LAYOUTS, METHODS, parse_layout
-from offload.checkpoint.formats.packed import PackedLayout
+from offload.checkpoint.formats.mxfp4 import Mxfp4Layout
+from offload.checkpoint.formats.packed import Entry, PackedLayout
 from offload.checkpoint.source import open_source
 from offload.errors import ModelError
 from tests.checkpoint.packs import write_pack
@@ -27,6 +29,8 @@ LAYOUT_EXAMPLES: list[PackedLayout] = [
     Fp8Layout((48, 80), 32, 32, "float8_e4m3fn", "float32"),
     Fp8Layout((48, 80), 48, 80, "float8_e5m2", "bfloat16"),
     Fp8Layout((48, 80), 1, 80, "float8_e4m3fn", "uint8"),
+    Mxfp4Layout((48, 96), 0),
+    Mxfp4Layout((64, 40), 1),
 ]
 
 
@@ -101,6 +105,40 @@ def test_fp8_as_transformers(
     assert torch.equal(decode(layout, (weight, scale), dtype).nan_to_num(), expected.nan_to_num())
 
 
+# --- MXFP4 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mxfp4_as_transformers(dtype: torch.dtype) -> None:
+    blocks, scales = random_bytes((3, 40, 2, 16)), random_bytes((3, 40, 2)).clamp(2, 250)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+    layout = Mxfp4Layout((64, 40), 1)
+    for expert in range(3):
+        parts = blocks[expert].view(40, 32), scales[expert]
+        assert torch.equal(decode(layout, parts, dtype), expected[expert])
+        assert torch.equal(decode(Mxfp4Layout((40, 64), 0), parts, dtype), expected[expert].t())
+
+
+def test_four_bit_experts_of_an_fp8_checkpoint() -> None:
+    """As DeepSeek-V4 has them; transformers reads them in the same way."""
+    weight, scale = (
+        random_bytes((40, 32)).view(torch.int8),
+        (random_bytes((40, 2)) % 20 + 117).view(torch.float8_e8m0fnu),
+    )
+    entries = {
+        "experts.0.w1.weight": Entry(torch.int8, (40, 32)),
+        "experts.0.w1.scale": Entry(torch.float8_e8m0fnu, (40, 2)),
+        "other": Entry(torch.int8, (40, 32)),
+    }
+    found = METHODS["fp8"]({}).find(entries, lambda key: torch.empty(0))
+    assert found.keys() == {"experts.0.w1.weight"}
+    layout, keys, experts = found["experts.0.w1.weight"]
+    assert (layout, keys, experts) == (Mxfp4Layout((40, 64), 0), ("experts.0.w1.weight", "experts.0.w1.scale"), None)
+    expected = Fp8Dequantize(None)._dequantize_one(weight, scale, output_dtype=torch.bfloat16)
+    parts = weight.view(torch.uint8), scale.view(torch.uint8)
+    assert torch.equal(decode(layout, parts), expected)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, torch.Tensor]], Any]
@@ -139,6 +177,26 @@ def test_fp8_with_scales_that_are_no_numbers(value: float, tmp_path: Path) -> No
     folder = damaged("fp8", tmp_path, lambda t: t[name].fill_(value))
     refused(folder, "layer 2, expert 3 has scales that are not finite: the checkpoint is damaged")
     refused(folder, "layer 2, expert 3 has weights that are not finite", "int4")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop("model.layers.0.mlp.experts.down_proj_scales"), r"down_proj_blocks has no scales \(.*_scales"),
+        (
+            lambda t: t.update(
+                {"model.layers.0.mlp.experts.down_proj_scales": torch.zeros(8, 64, 2, dtype=torch.uint8)}
+            ),
+            r"down_proj_scales \[8, 64, 2\] do not fit the weights",
+        ),
+        (
+            lambda t: t["model.layers.0.mlp.experts.down_proj_scales"][5].fill_(255),
+            "layer 0, expert 5 has scales that are not finite",
+        ),
+    ],
+)
+def test_mxfp4_with_damaged_scales(change: Change, match: str, tmp_path: Path) -> None:
+    refused(damaged("mxfp4", tmp_path, change), match)
 
 
 def test_experts_that_are_not_all_quantised(tmp_path: Path) -> None:

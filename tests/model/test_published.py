@@ -28,7 +28,7 @@ from tests.tiny_models import reference_logits
 
 
 class Tiny(NamedTuple):
-    """A checkpoint of one format, the logits of the stock model with its weights dequantised, and a folder for packs."""
+    """A checkpoint of one format, the stock model's logits with its weights dequantised, and a folder for packs."""
 
     pair: Pair
     reference: list[torch.Tensor]

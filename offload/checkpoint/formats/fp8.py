@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from offload.checkpoint.formats.method import Method, Read
+from offload.checkpoint.formats.mxfp4 import GROUP, Mxfp4Layout
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor, Part
 from offload.errors import ModelError
 
@@ -76,6 +77,8 @@ class Fp8Method(Method):
     def find(self, entries: Entries, read: Read) -> dict[str, PackedTensor]:
         found = {}
         for key, entry in entries.items():
+            if entry.dtype is torch.int8 and (packed := _four_bits(key, entries)):
+                found[key] = packed
             if entry.dtype not in _WEIGHTS:
                 continue
             stem = key.removesuffix(".weight")
@@ -98,6 +101,15 @@ class Fp8Method(Method):
     def predict(self, shape: tuple[int, int], dtype: torch.dtype, transposed: bool) -> PackedLayout | None:
         block = self._block or shape
         return Fp8Layout(shape, *block, "float8_e4m3fn", "float32")
+
+
+def _four_bits(key: str, entries: Entries) -> PackedTensor | None:
+    """Experts that are held in MXFP4: int8 [outputs, inputs / 2] with a scale for 32 inputs."""
+    scale = f"{key.removesuffix('.weight')}.scale"
+    (*stack, outputs, half), there = entries[key].shape, entries.get(scale)
+    if len(stack) or there is None or there.shape != (outputs, 2 * half // GROUP):
+        return None
+    return PackedTensor(Mxfp4Layout((outputs, 2 * half), 0), (key, scale))
 
 
 def _grid(shape: tuple[int, ...], stacked: int) -> tuple[int, ...]:

@@ -7,11 +7,12 @@ from typing import Any
 
 from offload.checkpoint.formats.fp8 import Fp8Layout, Fp8Method
 from offload.checkpoint.formats.method import Method
+from offload.checkpoint.formats.mxfp4 import Mxfp4Layout, Mxfp4Method
 from offload.checkpoint.formats.packed import PackedLayout, parse_fields
 from offload.errors import ModelError
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Fp8Method,)}
-LAYOUTS: dict[str, type[PackedLayout]] = {layout.kind: layout for layout in (Fp8Layout,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Fp8Method, Mxfp4Method)}
+LAYOUTS: dict[str, type[PackedLayout]] = {layout.kind: layout for layout in (Fp8Layout, Mxfp4Layout)}
 
 
 def get_method(config: Mapping[str, Any] | None) -> Method | None:

@@ -41,10 +41,13 @@ class PackedLayout(ABC):
     """
 
     kind: ClassVar[str]
-    transposed: ClassVar[bool] = False
     step: ClassVar[int] = 1
 
     shape: tuple[int, int]
+
+    @property
+    def transposed(self) -> bool:
+        return False
 
     @property
     @abstractmethod
