@@ -27,13 +27,15 @@ class PackedTensors:
 
     def matrix(self, name: str, expert: int | None, read: Read) -> PackedMatrix:
         """One matrix as it is published; ``expert`` picks it where they are stacked."""
-        layout, keys, _ = packed = self.tensors[name]
+        packed = self.tensors[name]
         rows = slice(None) if packed.experts is None or expert is None else slice(expert, expert + 1)
         parts = []
-        for key, part in zip(keys, layout.parts, strict=True):
+        for key, part in zip(packed.keys, packed.layout.parts, strict=False):
             found = read(key, rows)
             parts.append((found.view(part.dtype) if found.dtype != part.dtype else found).reshape(part.shape))
-        return PackedMatrix(layout, tuple(parts))
+        parts += [torch.tensor([constant]) for constant in packed.constants]
+        assert len(parts) == len(packed.layout.parts)
+        return PackedMatrix(packed.layout, tuple(parts))
 
     def decoded(self, name: str, rows: slice, dtype: torch.dtype, read: Read) -> torch.Tensor:
         """``rows`` (along the first dimension) of a packed tensor, in memory of its own."""

@@ -225,8 +225,9 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
     if weights:
         if method is not None:
             packed = PackedTensors(_find_packed(folder, method, files))
-            files |= {name: files[found.keys[0]] for name, found in packed.tensors.items()}
-        sources, rest = api.sort_checkpoint(model, experts, packed.names(files))
+        names = packed.names(files)
+        files |= {name: files[found.keys[0]] for name, found in packed.tensors.items()}
+        sources, rest = api.sort_checkpoint(model, experts, names)
     return CheckpointSource(folder, config, dtype, model, experts, files, sources, rest, packed, method)
 
 

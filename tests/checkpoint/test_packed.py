@@ -16,7 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from offload.checkpoint.formats.awq import AwqLayout
+from offload.checkpoint.formats.bitsandbytes import BitsAndBytesLayout
+from offload.checkpoint.formats.compressed import CompressedLayout
 from offload.checkpoint.formats.fp8 import Fp8Layout
+from offload.checkpoint.formats.gptq import GptqLayout
 from offload.checkpoint.formats.methods import LAYOUTS, METHODS, parse_layout
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout
 from offload.checkpoint.formats.packed import Entry, PackedLayout
@@ -31,6 +35,13 @@ LAYOUT_EXAMPLES: list[PackedLayout] = [
     Fp8Layout((48, 80), 1, 80, "float8_e4m3fn", "uint8"),
     Mxfp4Layout((48, 96), 0),
     Mxfp4Layout((64, 40), 1),
+    CompressedLayout((48, 96), 4, 32, "bfloat16", 0, 0),
+    CompressedLayout((48, 80), 8, 32, "float16", 1, 0),
+    GptqLayout((48, 96), 4, 3, "float16", 1, 0),
+    GptqLayout((48, 80), 8, 2, "bfloat16", 0, 0),
+    AwqLayout((48, 96), 32, "float16"),
+    BitsAndBytesLayout((48, 80), 64, 0),
+    BitsAndBytesLayout((48, 50), 64, 16),
 ]
 
 
@@ -132,7 +143,7 @@ def test_four_bit_experts_of_an_fp8_checkpoint() -> None:
     }
     found = METHODS["fp8"]({}).find(entries, lambda key: torch.empty(0))
     assert found.keys() == {"experts.0.w1.weight"}
-    layout, keys, experts = found["experts.0.w1.weight"]
+    layout, keys, experts, _ = found["experts.0.w1.weight"]
     assert (layout, keys, experts) == (Mxfp4Layout((40, 64), 0), ("experts.0.w1.weight", "experts.0.w1.scale"), None)
     expected = Fp8Dequantize(None)._dequantize_one(weight, scale, output_dtype=torch.bfloat16)
     parts = weight.view(torch.uint8), scale.view(torch.uint8)

@@ -1,5 +1,5 @@
-"""Checkpoints as they are published, quantised: a model gives bit for bit what the stock model gives with the weights that
-the reference dequantisation gives, at any cache size, and the record of an expert holds the published bytes.
+"""Quantised checkpoints as they are published: a model gives bit for bit what the stock model gives with the weights
+that the reference dequantisation gives, at any cache size, and the record of an expert holds the published bytes.
 """
 
 from __future__ import annotations

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from offload.checkpoint.formats.awq import AwqLayout, AwqMethod
+from offload.checkpoint.formats.bitsandbytes import BitsAndBytesLayout, BitsAndBytesMethod
+from offload.checkpoint.formats.compressed import CompressedLayout, CompressedMethod
 from offload.checkpoint.formats.fp8 import Fp8Layout, Fp8Method
+from offload.checkpoint.formats.gptq import GptqLayout, GptqMethod
 from offload.checkpoint.formats.method import Method
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout, Mxfp4Method
 from offload.checkpoint.formats.packed import PackedLayout, parse_fields
 from offload.errors import ModelError
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Fp8Method, Mxfp4Method)}
-LAYOUTS: dict[str, type[PackedLayout]] = {layout.kind: layout for layout in (Fp8Layout, Mxfp4Layout)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (Fp8Method, Mxfp4Method, CompressedMethod, GptqMethod, AwqMethod, BitsAndBytesMethod)
+}
+LAYOUTS: dict[str, type[PackedLayout]] = {
+    layout.kind: layout
+    for layout in (Fp8Layout, Mxfp4Layout, CompressedLayout, GptqLayout, AwqLayout, BitsAndBytesLayout)
+}
 
 
 def get_method(config: Mapping[str, Any] | None) -> Method | None:

@@ -118,12 +118,14 @@ class PackedMatrix(NamedTuple):
 class PackedTensor(NamedTuple):
     """A tensor that a checkpoint does not hold itself: ``keys`` are the checkpoint tensors of its parts.
 
-    ``experts`` counts the matrices that are stacked in it along a first dimension; None: it is one matrix.
+    ``experts`` counts the matrices that are stacked in it along a first dimension; None: it is one matrix. Parts after
+    those of the keys are the single numbers ``constants``.
     """
 
     layout: PackedLayout
     keys: tuple[str, ...]
     experts: int | None = None
+    constants: tuple[float, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
