@@ -16,6 +16,7 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.hub import ResolvedModel
 from offload.checkpoint.library import OnEvent, ensure_pack
+from offload.checkpoint.model_folder import side_folder
 from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
@@ -210,11 +211,11 @@ def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:
 
 def _generation_config(folder: Path, source: CheckpointSource) -> GenerationConfig:
     """The checkpoint's own defaults. Raises ModelError if they cannot be read."""
-    path = folder / "generation_config.json"
+    path = side_folder(folder) / "generation_config.json"
     if not path.exists():
         return GenerationConfig.from_model_config(source.model.config)
     try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be used ({reason}); mend it, or remove it to do without") from error

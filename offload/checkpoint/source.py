@@ -19,6 +19,7 @@ from offload.checkpoint.formats.base import TensorSpecs
 from offload.checkpoint.formats.method import Method
 from offload.checkpoint.formats.methods import get_method
 from offload.checkpoint.formats.packed import PackedMatrix, PackedTensor
+from offload.checkpoint.gguf_source import GgufCheckpoint, GgufMethod, open_gguf
 from offload.checkpoint.model_folder import INDEX_FILE
 from offload.checkpoint.packed_tensors import PackedSlice, PackedTensors
 from offload.checkpoint.reading import KeepInPlace, Staging, TensorFiles
@@ -44,10 +45,11 @@ class CheckpointSource:
     skeleton_keys: list[str]
     packed: PackedTensors = field(default_factory=lambda: PackedTensors({}))
     method: Method | None = None
+    gguf: GgufCheckpoint | None = None
     _handles: dict[Path, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._tensors = TensorFiles(self.files)
+        self._tensors = TensorFiles(self.files, None if self.gguf is None else self.gguf.places)
 
     def read_expert(
         self, module: api.ExpertsModule, expert: int, staging: Staging | None = None
@@ -102,7 +104,7 @@ class CheckpointSource:
         """Of each tensor what transformers' loader takes for it: read, and decoded, when it asks for ``[...]``."""
         slices = {}
         for key in keys:
-            if key in self.packed.tensors:
+            if key in self.packed.tensors or self.gguf is not None:
                 slices[key] = PackedSlice(partial(self._read, key, slice(None)))
             else:
                 slices[key] = self._handle(self.files[key]).get_slice(key)
@@ -154,6 +156,9 @@ class CheckpointSource:
                 yield name, 0, tensor
             return
         key = next(iter(found.source.keys.values()))[0]
+        if self.gguf is not None and key in self.gguf.changes:
+            yield found.parameters[0], 0, self._read(key, slice(None))
+            return
         shape = self._shape(key)
         step = max(1, block // max(1, math.prod(shape[1:])))
         staging = Staging()
@@ -179,6 +184,8 @@ class CheckpointSource:
     def _shape(self, key: str) -> list[int]:
         if key in self.packed.tensors:
             return list(self.packed.tensors[key].shape)
+        if self.gguf is not None:
+            return list(self.gguf.places[key].shape)
         shape: list[int] = self._handle(self.files[key]).get_slice(key).get_shape()
         return shape
 
@@ -192,11 +199,22 @@ class CheckpointSource:
         return self._read_part(key, rows) if staged is None else staged
 
     def _read(self, key: str, rows: slice) -> torch.Tensor:
+        if self.gguf is not None and key in self.gguf.changes:
+            whole = slice(None)
+            plain = key not in self.packed.tensors
+            weight = self._read_part(key, whole) if plain else self._decoded(key, whole)
+            changed: torch.Tensor = self.gguf.changes[key](weight)
+            return changed[rows]
+        return self._decoded(key, rows)
+
+    def _decoded(self, key: str, rows: slice) -> torch.Tensor:
         if key in self.packed.tensors:
             return self.packed.decoded(key, rows, self.dtype, self._read_part)
         return self._read_part(key, rows)
 
     def _read_part(self, key: str, rows: slice) -> torch.Tensor:
+        if self.gguf is not None:
+            return self._tensors.read_rows(key, rows)
         file = self.files[key]
         handle = self._handle(file)
         try:
@@ -213,6 +231,8 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
     Without ``weights`` only the config is read; the result serves for planning.
     """
     api.quiet()
+    if (gguf := open_gguf(folder)) is not None:
+        return _open_gguf(folder, gguf)
     config = api.read_config(folder)
     files = tensor_files(folder) if weights else {}
     dtype = api.default_dtype(config, folder)
@@ -229,6 +249,23 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
         files |= {name: files[found.keys[0]] for name, found in packed.tensors.items()}
         sources, rest = api.sort_checkpoint(model, experts, names)
     return CheckpointSource(folder, config, dtype, model, experts, files, sources, rest, packed, method)
+
+
+def _open_gguf(path: Path, gguf: GgufCheckpoint) -> CheckpointSource:
+    try:
+        config = gguf.config()
+        dtype = api.default_dtype(config, path.parent, gguf.dtype)
+        model = api.build_meta_model(config, dtype)
+        api.use_own_names(model)
+        experts = api.find_experts(model)
+        sources, skeleton, packed = gguf.sort(model, experts)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    files = dict(gguf.file_of) | {name: gguf.file_of[key] for name, key in skeleton.items()}
+    method = GgufMethod({}) if gguf.is_quantised else None
+    return CheckpointSource(
+        path, config, dtype, model, experts, files, sources, list(skeleton), PackedTensors(packed), method, gguf
+    )
 
 
 def _method(folder: Path, config: PretrainedConfig) -> Method | None:

@@ -106,6 +106,33 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def read_gguf_config(file: Path, model_types: Collection[str]) -> PretrainedConfig:
+    """The config that transformers makes of a GGUF file's metadata. Raises ModelError if it is not one of these."""
+    remedy = f"put config.json and the tokenizer's files of the original model into {file.parent}"
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the config cannot be made from the file ({reason[:200]}); {remedy}") from error
+    if config.model_type not in model_types:
+        raise ModelError(f"the file does not say all about the model; {remedy}")
+    return config
+
+
+def use_own_names(model: PreTrainedModel) -> None:
+    """Tensors of ``model`` go by its own names from now on: nothing is renamed or converted when it is loaded."""
+    model.__dict__["run_local_names"] = True
+
+
+def row_joiner(patterns: list[str], name: str) -> WeightConverter:
+    """Makes ``name`` of stacked experts' weights, one below the other."""
+    return WeightConverter(patterns, [name], [Concatenate(dim=1)])
+
+
+def _conversion_mapping(model: PreTrainedModel) -> list[Any]:
+    return [] if "run_local_names" in model.__dict__ else list(get_model_conversion_mapping(model))
+
+
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on the meta device: shapes and dtypes, no memory.
 
@@ -135,13 +162,15 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrained
     return model
 
 
-def default_dtype(config: PretrainedConfig, folder: Path) -> torch.dtype:
+def default_dtype(config: PretrainedConfig, folder: Path, otherwise: torch.dtype | None = None) -> torch.dtype:
     """The dtype that ``dtype="auto"`` picks in transformers: the config's, or that of the first floating tensor."""
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     if isinstance(dtype, torch.dtype):
         return dtype
+    if otherwise is not None:
+        return otherwise
     for file in sorted(folder.glob("*.safetensors")):
         with open_safetensors(file) as handle:
             for key in handle.keys():  # noqa: SIM118 - the handle is no dict
@@ -246,7 +275,7 @@ def load_weights(
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+        weight_mapping=_conversion_mapping(model),
     )
     try:
         info, _ = type(model)._load_pretrained_model(model, state, None, config)
@@ -352,7 +381,7 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str,
     """Of each checkpoint tensor, in the loader's order: its name, the parameter's, and the pattern and converter that
     make the one into the other, if any. ``model`` must still own all its parameters.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = _conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -1,9 +1,9 @@
 """AWQ: codes of 4 bits, with a scale and a zero point for each group of inputs.
 
 ``X.qweight``, int32 [inputs, outputs / 8], holds the codes, packed along the outputs: from its lowest bits on a word
-has outputs 0, 2, 4, 6, 1, 3, 5, 7. ``X.qzeros`` [groups, outputs / 8] is packed in the same way, ``X.scales`` is
-[groups, outputs]. A weight is (code - zero) * scale, rounded to the scales' dtype; the model has the transpose. Source: AutoAWQ
-(``utils/packing_utils.py``), version ``gemm``.
+has outputs 0, 2, 4, 6, 1, 3, 5, 7. ``X.qzeros`` [groups, outputs / 8] is packed in the same way, ``X.scales``
+is [groups, outputs]. A weight is (code - zero) * scale, rounded to the scales' dtype; the model has the transpose.
+Source: AutoAWQ (``utils/packing_utils.py``), version ``gemm``.
 """
 
 from __future__ import annotations

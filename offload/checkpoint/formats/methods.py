@@ -9,6 +9,7 @@ from offload.checkpoint.formats.awq import AwqLayout, AwqMethod
 from offload.checkpoint.formats.bitsandbytes import BitsAndBytesLayout, BitsAndBytesMethod
 from offload.checkpoint.formats.compressed import CompressedLayout, CompressedMethod
 from offload.checkpoint.formats.fp8 import Fp8Layout, Fp8Method
+from offload.checkpoint.formats.gguf import GgufLayout
 from offload.checkpoint.formats.gptq import GptqLayout, GptqMethod
 from offload.checkpoint.formats.method import Method
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout, Mxfp4Method
@@ -21,7 +22,7 @@ METHODS: dict[str, type[Method]] = {
 }
 LAYOUTS: dict[str, type[PackedLayout]] = {
     layout.kind: layout
-    for layout in (Fp8Layout, Mxfp4Layout, CompressedLayout, GptqLayout, AwqLayout, BitsAndBytesLayout)
+    for layout in (GgufLayout, Fp8Layout, Mxfp4Layout, CompressedLayout, GptqLayout, AwqLayout, BitsAndBytesLayout)
 }
 
 
