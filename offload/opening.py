@@ -57,6 +57,7 @@ def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
+    _say_quantised(settings, resolved.name, source, on_event)
     return _plan(settings, resolved, source)
 
 
@@ -72,6 +73,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         )
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
+    _say_quantised(settings, resolved.name, source, on_event)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
     plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
@@ -143,6 +145,18 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         "recorder": recorder,
         "settings": settings,
     }
+
+
+def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource, on_event: OnEvent) -> None:
+    """What becomes of the weights of a quantised checkpoint."""
+    if source.method is None:
+        return
+    experts = "stay as published" if settings.format == "native" else f"are packed as {settings.format}"
+    dtype = str(source.dtype).removeprefix("torch.")
+    rest = f"the other weights are held in {dtype} (--dense-format int8 makes them smaller)"
+    if settings.dense_format != "native":
+        rest = f"the other matrices are held in {settings.dense_format}"
+    on_event(Notice(f"{name} is quantised ({source.method.name}): its experts {experts}, {rest}"))
 
 
 def _products(settings: EngineSettings, on_event: OnEvent) -> Products:

@@ -21,9 +21,9 @@ from offload.checkpoint.formats.bitsandbytes import BitsAndBytesLayout
 from offload.checkpoint.formats.compressed import CompressedLayout
 from offload.checkpoint.formats.fp8 import Fp8Layout
 from offload.checkpoint.formats.gptq import GptqLayout
-from offload.checkpoint.formats.methods import LAYOUTS, METHODS, parse_layout
+from offload.checkpoint.formats.methods import LAYOUTS, METHODS, get_method, parse_layout
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout
-from offload.checkpoint.formats.packed import Entry, PackedLayout
+from offload.checkpoint.formats.packed import Entry, PackedLayout, PackedTensor
 from offload.checkpoint.source import open_source
 from offload.errors import ModelError
 from tests.checkpoint.packs import write_pack
@@ -150,8 +150,50 @@ def test_four_bit_experts_of_an_fp8_checkpoint() -> None:
     assert torch.equal(decode(layout, parts), expected)
 
 
+# --- compressed-tensors ---------------------------------------------------------------------------------------------
+
+
+def test_compressed_fp8_with_a_scale_for_each_row() -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    method = METHODS["compressed-tensors"]({"format": "float-quantized", "config_groups": {"a": {"weights": weights}}})
+    entries = {
+        "q.weight": Entry(torch.float8_e4m3fn, (40, 32)),
+        "q.weight_scale": Entry(torch.bfloat16, (40, 1)),
+        "norm.weight": Entry(torch.bfloat16, (32,)),
+    }
+    found = method.find(entries, lambda key: torch.empty(0))
+    layout = Fp8Layout((40, 32), 1, 32, "float8_e4m3fn", "bfloat16")
+    assert found == {"q.weight": PackedTensor(layout, ("q.weight", "q.weight_scale"))}
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            "'nvfp4-pack-quantized' is not supp",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 3, "type": "int"}}}},
+            "weights of 3 bits are not supported; 4 or 8",
+        ),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ weights of 3 bits are not supported; 4 or 8 are"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' is not supported; gptq and gptq_v2 are"),
+        ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not supported; 4 bits in gemm are"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "weights of 8 bits are not supported; those of 4 bits",
+        ),
+    ],
+)
+def test_variants_that_are_not_supported(config: dict[str, Any], match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        get_method(config)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
+EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 Change = Callable[[dict[str, torch.Tensor]], Any]
 
 
@@ -208,6 +250,29 @@ def test_fp8_with_scales_that_are_no_numbers(value: float, tmp_path: Path) -> No
 )
 def test_mxfp4_with_damaged_scales(change: Change, match: str, tmp_path: Path) -> None:
     refused(damaged("mxfp4", tmp_path, change), match)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "change", "match"),
+    [
+        ("compressed int4", lambda t: t.pop(f"{EXPERT}.weight_scale"), "weight_packed has no scales"),
+        ("compressed int4", lambda t: t.update({f"{EXPERT}.weight_scale": torch.ones(3, 2)}), "do not fit the weights"),
+        ("gptq", lambda t: t.pop(f"{EXPERT}.qzeros"), "qweight has no .*qzeros; download the checkpoint again"),
+        ("gptq", lambda t: t.update({f"{EXPERT}.qzeros": torch.ones(3, 2)}), "qzeros .* does not fit the weights"),
+        ("awq", lambda t: t.pop(f"{EXPERT}.scales"), "qweight has no .*scales; download the checkpoint again"),
+        ("awq", lambda t: t.update({f"{EXPERT}.scales": torch.ones(5, 2)}), "scales .* does not fit the weights"),
+        ("nf4", lambda t: t.pop(f"{EXPERT}.weight.absmax"), "has no .*weight.absmax; download the checkpoint again"),
+        ("nf4", lambda t: t[f"{EXPERT}.weight.quant_state.bitsandbytes__nf4"].fill_(65), "nf4 is damaged"),
+        ("nf4", lambda t: t.update({f"{EXPERT}.weight.absmax": torch.ones(5)}), "absmax .* does not fit the weights"),
+        (
+            "nf4",
+            lambda t: t[f"{EXPERT}.weight.nested_absmax"].fill_(torch.nan),
+            "layer 1, expert 2 has scales that are",
+        ),
+    ],
+)
+def test_damaged_parts(format_name: str, change: Change, match: str, tmp_path: Path) -> None:
+    refused(damaged(format_name, tmp_path, change), match)
 
 
 def test_experts_that_are_not_all_quantised(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from offload.checkpoint.manifest import EXPERT_FILE_NAME, Manifest
 from offload.checkpoint.source import open_source
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import ExpertFileError
+from offload.events import LoadProgress, Notice
 from offload.opening import plan_only
 from tests.checkpoint.packs import ignore, resumed_layers, stopped_pack, write_pack
 from tests.engines import finish, open_tiny
@@ -128,10 +129,14 @@ def test_plan_from_the_config_alone(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     for file in tiny.pair.published.glob("*.json"):
         (tmp_path / "alone" / file.name).write_text(file.read_text())
+    said: list[LoadProgress | Notice] = []
     plans = [
-        plan_only(EngineSettings(model=str(folder), context_tokens=128, residency=ALL), ignore)
+        plan_only(EngineSettings(model=str(folder), context_tokens=128, residency=ALL), said.append)
         for folder in (tmp_path / "alone", tiny.pair.published)
     ]
+    notices = [event.text for event in said if isinstance(event, Notice)]
+    assert len(notices) == 2
+    assert all("its experts stay as published, the other weights are held in" in text for text in notices)
     alone, known = (plan.sizes for plan in plans)
     assert alone.slot_bytes == pytest.approx(known.slot_bytes, abs=8192)
     assert (alone.skeleton_bytes, alone.activation_bytes) == (known.skeleton_bytes, known.activation_bytes)
