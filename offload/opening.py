@@ -24,6 +24,7 @@ from offload.compute.calibration import crossover
 from offload.compute.choose import expert_compute
 from offload.compute.decoded import decode_bytes
 from offload.compute.kernels import load_kernels
+from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.product import DECODE_BYTES, Products
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
@@ -121,7 +122,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         )
     weight_format = get_format(settings.format)
     predictor = NextGate(model, modules) if settings.prefetch == "next-gate" else None
-    compute = expert_compute(weight_format, products)
+    compute = expert_compute(weight_format, products, _decoders(settings, source, on_event))
     runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
     return {
@@ -169,6 +170,17 @@ def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
 
     kernels = load_kernels(failed)
     return Products(kernels, crossover(kernels, on_event))
+
+
+def _decoders(settings: EngineSettings, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
+    """What decodes packed weights; compiled if this machine has none yet."""
+    if settings.kernels == "torch" or source.method is None or settings.format != "native":
+        return None
+
+    def failed(why: str) -> None:
+        on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
+
+    return load_decoders(failed)
 
 
 def _quantised(settings: EngineSettings) -> bool:

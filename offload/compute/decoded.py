@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from offload.checkpoint.formats import Weights
-from offload.checkpoint.formats.packed import PackedParameter
+from offload.checkpoint.formats.packed import PackedMatrix, PackedParameter
+from offload.compute.kernels.published import Decoders
 
 DECODING_BYTES = 32 * 2**20
 """What decoding needs beside its result (measured: 12 to 26 MiB, most with 4 bits): a block of weights in float32, its
@@ -21,9 +22,13 @@ def decode_bytes(shapes: Iterable[tuple[int, ...]], itemsize: int) -> int:
 
 
 class Decoder:
-    """For the engine thread only: a decoded parameter is good until the next is decoded."""
+    """For the engine thread only: a decoded parameter is good until the next is decoded.
 
-    def __init__(self) -> None:
+    ``decoders`` are the compiled ones; without them, and for what they do not know, torch decodes: the same bits.
+    """
+
+    def __init__(self, decoders: Decoders | None = None) -> None:
+        self._decoders = decoders
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def weights(self, weights: Weights, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
@@ -35,7 +40,11 @@ class Decoder:
         if len(self._buffer) < size:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # first let go of the old
             self._buffer = torch.empty(size, dtype=torch.uint8)
-        return parameter.decode(self._buffer[:size].view(dtype).view(parameter.shape))
+        return parameter.decode(self._buffer[:size].view(dtype).view(parameter.shape), self._matrix)
+
+    def _matrix(self, matrix: PackedMatrix, out: torch.Tensor) -> None:
+        if self._decoders is None or not self._decoders.decode(matrix, out):
+            matrix.layout.decode(matrix.parts, out)
 
 
 class _Decoded(Mapping[str, torch.Tensor]):

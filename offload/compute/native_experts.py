@@ -16,6 +16,7 @@ import torch
 from cache.keys import ExpertKey
 from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
 from offload.compute.decoded import Decoder
+from offload.compute.kernels.published import Decoders
 from offload.model.families import sum_dtype
 
 Rows = dict[int, tuple[torch.Tensor | None, Any]]
@@ -24,8 +25,8 @@ Tokens None stands for "the only token" and goes with a slice of one position.""
 
 
 class NativeExperts(ExpertCompute):
-    def __init__(self) -> None:
-        self._decoder = Decoder()
+    def __init__(self, decoders: Decoders | None = None) -> None:
+        self._decoder = Decoder(decoders)
 
     def begin(
         self,

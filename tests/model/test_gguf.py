@@ -165,7 +165,7 @@ def test_a_file_alone(tmp_path: Path) -> None:
 
 def test_the_config_must_be_beside_some_files(small: Pair, tmp_path: Path) -> None:
     alone = Path(shutil.copy(small.published, tmp_path / "model.gguf"))
-    with pytest.raises(ModelError, match="put config.json and the tokenizer's files of the original model into"):
+    with pytest.raises(ModelError, match=r"put config\.json and the tokenizer's files of the original model into"):
         open_source(alone)
 
 
@@ -200,7 +200,7 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
     assert [part.name for part in parts] == [f"m-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
     assert gguf_files(parts[1]) == parts
     parts[2].unlink()
-    with pytest.raises(ModelError, match="m-00003-of-00003.gguf: this part of 3 of the GGUF model is missing"):
+    with pytest.raises(ModelError, match=r"m-00003-of-00003\.gguf: this part of 3 of the GGUF model is missing"):
         gguf_files(tmp_path)
 
 

@@ -45,7 +45,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("residency", [SMALLEST, HALF, ALL])
 def test_logits_equal_stock_with_dequantised_weights(tiny: Tiny, residency: float) -> None:
-    with open_tiny(tiny.pair.published, tiny.packs, residency=residency, verify=residency == ALL) as engine:
+    settings = {"residency": residency, "verify": residency == ALL, "kernels": "torch" if residency == HALF else "auto"}
+    with open_tiny(tiny.pair.published, tiny.packs, **settings) as engine:
         assert_equal(logits(engine), tiny.reference)
         engine._runtime.cache.check_integrity()
         if residency == HALF:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -142,15 +142,15 @@ class PackedParameter(NamedTuple):
         shapes = [piece.shape if isinstance(piece, torch.Tensor) else piece.layout.shape for piece in self.pieces]
         return sum(shape[0] for shape in shapes), shapes[0][1]
 
-    def decode(self, out: torch.Tensor) -> torch.Tensor:
-        """Write the weights into ``out`` [*shape] and return it."""
+    def decode(self, out: torch.Tensor, decode: Callable[[PackedMatrix, torch.Tensor], None]) -> torch.Tensor:
+        """Write the weights into ``out`` [*shape] and return it; ``decode`` does it for one matrix."""
         row = 0
         for piece in self.pieces:
             rows = len(piece) if isinstance(piece, torch.Tensor) else piece.layout.shape[0]
             if isinstance(piece, torch.Tensor):
                 out[row : row + rows] = piece
             else:
-                piece.layout.decode(piece.parts, out[row : row + rows])
+                decode(piece, out[row : row + rows])
             row += rows
         return out
 

@@ -1,4 +1,4 @@
-"""Compiles quantized.c for this machine's processor, once, into the cache folder."""
+"""Compiles a C source for this machine's processor, once, into the cache folder."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ class BuildError(Exception):
     """There is no compiler, or it failed; the message is one line."""
 
 
-def build() -> Path:
+def build(source: Path | None = None) -> Path:
     """Path of the compiled library; compiles it if this source, compiler and processor have none yet.
 
-    Raises BuildError.
+    ``source`` is by default quantized.c. Raises BuildError.
     """
+    source = source or SOURCE
     compiler = find_compiler()
     openmp = torch_openmp()
-    key = "\0".join((SOURCE.read_text("utf-8"), _version(compiler), _processor(), str(openmp), *_FLAGS, *_NATIVE))
+    key = "\0".join((source.read_text("utf-8"), _version(compiler), _processor(), str(openmp), *_FLAGS, *_NATIVE))
     folder = cache_folder() / "kernels"
-    library = folder / f"quantized-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    library = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, openmp, library)
+            _compile(compiler, openmp, source, library)
         except OSError as error:
             raise BuildError(f"{folder}: cannot be written ({error.strerror})") from error
     return library
@@ -68,14 +69,14 @@ def torch_openmp() -> Path | None:
     return Path(min(paths)) if paths else None
 
 
-def _compile(compiler: list[str], openmp: Path | None, library: Path) -> None:
+def _compile(compiler: list[str], openmp: Path | None, source: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         output = Path(scratch, "kernels.so")
         # naming torch's own library after the compiler's makes both names one: no second pool of threads
         link = [] if openmp is None else [str(openmp)]
         message = ""
         for native in (_NATIVE, _NATIVE[:1], ("-mcpu=native",), ()):
-            command = [*compiler, *_FLAGS, *native, "-shared", "-o", str(output), str(SOURCE), *link, "-lm"]
+            command = [*compiler, *_FLAGS, *native, "-shared", "-o", str(output), str(source), *link, "-lm"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:
