@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from offload.checkpoint.config_file import read_config, read_gguf_config
 from offload.checkpoint.formats.gguf import BLOCKS, GgufLayout
 from offload.checkpoint.formats.method import Method, Read
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor
@@ -73,10 +74,10 @@ class GgufCheckpoint:
         path = self.files[0]
         architecture = get_architecture(self.header.architecture)
         if (path.parent / CONFIG_FILE).exists():
-            config = api.read_config(path.parent)
+            config = read_config(path.parent)
             get_architecture(self.header.architecture, config.get_text_config().model_type)
             return config
-        config = api.read_gguf_config(path, architecture.model_types)
+        config = read_gguf_config(path, architecture.model_types)
         for key, name in _FROM_METADATA.items():
             value = self.header.metadata.get(f"{self.header.architecture}.{key}")
             if value is not None and hasattr(config, name):

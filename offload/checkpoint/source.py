@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import offload.model.experts  # noqa: F401 - offers the experts function that the model below selects by name
 from offload.checkpoint import published
+from offload.checkpoint.config_file import default_dtype, open_safetensors, read_config
 from offload.checkpoint.formats.base import TensorSpecs
 from offload.checkpoint.formats.method import Method
 from offload.checkpoint.formats.methods import get_method
@@ -173,7 +174,7 @@ class CheckpointSource:
 
     def _handle(self, file: Path) -> Any:
         if file not in self._handles:
-            self._handles[file] = api.open_safetensors(file)
+            self._handles[file] = open_safetensors(file)
         return self._handles[file]
 
     def _rows(self, key: str) -> int:
@@ -233,9 +234,9 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
     api.quiet()
     if (gguf := open_gguf(folder)) is not None:
         return _open_gguf(folder, gguf)
-    config = api.read_config(folder)
+    config = read_config(folder)
     files = tensor_files(folder) if weights else {}
-    dtype = api.default_dtype(config, folder)
+    dtype = default_dtype(config, folder)
     model = api.build_meta_model(config, dtype)
     experts = api.find_experts(model)
     method = _method(folder, config)
@@ -254,7 +255,7 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
 def _open_gguf(path: Path, gguf: GgufCheckpoint) -> CheckpointSource:
     try:
         config = gguf.config()
-        dtype = api.default_dtype(config, path.parent, gguf.dtype)
+        dtype = default_dtype(config, path.parent, gguf.dtype)
         model = api.build_meta_model(config, dtype)
         api.use_own_names(model)
         experts = api.find_experts(model)
@@ -311,7 +312,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     for name in names:
         if not (folder / name).exists():
             raise ModelError(f"{folder}: {name} is missing, though {INDEX_FILE} lists it; download it again")
-        handle = api.open_safetensors(folder / name)
+        handle = open_safetensors(folder / name)
         found |= dict.fromkeys(handle.keys(), folder / name)
     lost = sorted(set(listed or ()) - found.keys())
     if lost:

@@ -11,6 +11,7 @@ from offload.checkpoint.formats.fp8 import Fp8Layout
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout
 from offload.checkpoint.formats.packed import PackedLayout, PackedMatrix, PackedParameter
 from offload.compute.decoded import Decoder
+from offload.compute.kernels import published
 from offload.compute.kernels.published import Decoders, load_decoders
 
 LAYOUTS = [
@@ -64,7 +65,10 @@ def by_torch(matrix: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.spec} {layout.shape}")
-def test_the_same_bits(decoders: Decoders, layout: PackedLayout, dtype: torch.dtype, threads: int) -> None:
+def test_the_same_bits(
+    decoders: Decoders, layout: PackedLayout, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "_SMALL", 0)
     matrix = random_matrix(layout)
     out = torch.full(layout.shape, 7, dtype=dtype)
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Compiles a C source for this machine's processor, once, into the cache folder."""
+"""Compiles quantized.c and published.c for this machine's processor, once, into the cache folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from offload.paths import cache_folder
 
 SOURCE = Path(__file__).with_name("quantized.c")
+PUBLISHED = Path(__file__).with_name("published.c")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")  # what a compiler does not know of these is left out
 _SECONDS = 120
@@ -23,21 +24,21 @@ class BuildError(Exception):
     """There is no compiler, or it failed; the message is one line."""
 
 
-def build(source: Path | None = None) -> Path:
+def build() -> Path:
     """Path of the compiled library; compiles it if this source, compiler and processor have none yet.
 
-    ``source`` is by default quantized.c. Raises BuildError.
+    Raises BuildError.
     """
-    source = source or SOURCE
     compiler = find_compiler()
     openmp = torch_openmp()
-    key = "\0".join((source.read_text("utf-8"), _version(compiler), _processor(), str(openmp), *_FLAGS, *_NATIVE))
+    sources = (source.read_text("utf-8") for source in (SOURCE, PUBLISHED))
+    key = "\0".join((*sources, _version(compiler), _processor(), str(openmp), *_FLAGS, *_NATIVE))
     folder = cache_folder() / "kernels"
-    library = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    library = folder / f"quantized-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, openmp, source, library)
+            _compile(compiler, openmp, library)
         except OSError as error:
             raise BuildError(f"{folder}: cannot be written ({error.strerror})") from error
     return library
@@ -69,14 +70,15 @@ def torch_openmp() -> Path | None:
     return Path(min(paths)) if paths else None
 
 
-def _compile(compiler: list[str], openmp: Path | None, source: Path, library: Path) -> None:
+def _compile(compiler: list[str], openmp: Path | None, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         output = Path(scratch, "kernels.so")
         # naming torch's own library after the compiler's makes both names one: no second pool of threads
         link = [] if openmp is None else [str(openmp)]
         message = ""
         for native in (_NATIVE, _NATIVE[:1], ("-mcpu=native",), ()):
-            command = [*compiler, *_FLAGS, *native, "-shared", "-o", str(output), str(source), *link, "-lm"]
+            sources = (str(SOURCE), str(PUBLISHED))
+            command = [*compiler, *_FLAGS, *native, "-shared", "-o", str(output), *sources, *link, "-lm"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:

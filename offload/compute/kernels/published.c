@@ -1,7 +1,7 @@
 /* Decodes matrices as checkpoints publish them. Every weight is made in float32 by the same operations as in the torch code
  * (offload/checkpoint/formats) and rounded once, so the bits are the same.
  *
- * The layouts: docs/formats.md. Rows are divided among threads; a row is decoded by one. */
+ * The layouts: docs/formats.md. A call decodes the rows from first to last, so that several threads can share a matrix. */
 
 #include <math.h>
 #include <stdint.h>
@@ -41,11 +41,10 @@ static inline float from_e4m3(uint8_t code) {
 }
 
 /* codes [rows, columns] e4m3; scales float32 [ceil(rows / block_rows), ceil(columns / block_columns)] */
-void rl_fp8(const uint8_t *codes, const float *scales, long rows, long columns, long block_rows, long block_columns, void *out,
-            int dtype, int threads) {
+void rl_fp8(const uint8_t *codes, const float *scales, long columns, long block_rows, long block_columns, void *out,
+            int dtype, long first, long last) {
     long across = (columns + block_columns - 1) / block_columns;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long r = 0; r < rows; r++) {
+    for (long r = first; r < last; r++) {
         const float *scale = scales + r / block_rows * across;
         for (long block = 0; block < across; block++) {
             long end = (block + 1) * block_columns < columns ? (block + 1) * block_columns : columns;
@@ -70,13 +69,12 @@ static inline void fp4_group(const uint8_t *codes, uint8_t exponent, float *valu
     }
 }
 
-/* codes [rows, columns / 2], scales [rows, columns / 32]; out is [rows, columns], or its transpose */
+/* codes [rows, columns / 2], scales [rows, columns / 32]; out is [rows, columns], or its transpose. first is a multiple of 16. */
 void rl_mxfp4(const uint8_t *codes, const uint8_t *scales, long rows, long columns, int transposed, void *out, int dtype,
-              int threads) {
+              long first, long last) {
     long groups = columns / GROUP;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long tile = 0; tile < (rows + TILE - 1) / TILE; tile++) {
-        long first = tile * TILE, count = rows - first < TILE ? rows - first : TILE;
+    for (; first < last; first += TILE) {
+        long count = last - first < TILE ? last - first : TILE;
         for (long g = 0; g < groups; g++) {
             float values[TILE][GROUP], turned[TILE];
             for (long r = 0; r < count; r++) {
@@ -93,11 +91,10 @@ void rl_mxfp4(const uint8_t *codes, const uint8_t *scales, long rows, long colum
 }
 
 /* codes [rows, columns / 2], 8 above their value; scales bfloat16 [rows, columns / group]; products are rounded to bfloat16 */
-void rl_int4(const uint8_t *codes, const uint16_t *scales, long rows, long columns, long group, void *out, int dtype,
-             int threads) {
+void rl_int4(const uint8_t *codes, const uint16_t *scales, long columns, long group, void *out, int dtype, long first,
+             long last) {
     long groups = columns / group;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long r = 0; r < rows; r++) {
+    for (long r = first; r < last; r++) {
         for (long g = 0; g < groups; g++) {
             float scale = as_float((uint32_t)scales[r * groups + g] << 16);
             for (long c = g * group; c < (g + 1) * group; c += GROUP) {
