@@ -33,6 +33,12 @@ _LAYER = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp",
     "block_sparse_moe.e_score_correction_bias": "exp_probs_b.bias",
+    "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp", "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp", "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }  # fmt: skip
@@ -85,7 +91,12 @@ def encode(weight: np.ndarray, kind: Kind) -> np.ndarray:
         return blocks.reshape(*weight.shape[:-1], -1)
 
 
-def publish_gguf(model: GgufModel, folder: Path, describe: Callable[[gguf.GGUFWriter], None] | None = None) -> Pair:
+def publish_gguf(
+    model: GgufModel,
+    folder: Path,
+    describe: Callable[[gguf.GGUFWriter], None] | None = None,
+    split_latent: bool = True,
+) -> Pair:
     """``published`` is the file; config and tokenizer are beside it, unless ``describe`` writes them into it."""
     plain = build_tiny(model.architecture, folder / "plain", dtype=torch.bfloat16, sizes=model.sizes)
     tensors: dict[str, torch.Tensor] = {}
@@ -94,6 +105,8 @@ def publish_gguf(model: GgufModel, folder: Path, describe: Callable[[gguf.GGUFWr
         file.unlink()
     (plain / INDEX_FILE).unlink(missing_ok=True)
     held: dict[str, torch.Tensor] = {}
+    latent: dict[str, torch.Tensor] = {}
+    untouched: dict[str, torch.Tensor] = {}
     stacks: dict[str, dict[int, str]] = {}
     config = build_config(plain)
     for name, weight in tensors.items():
@@ -103,13 +116,22 @@ def publish_gguf(model: GgufModel, folder: Path, describe: Callable[[gguf.GGUFWr
             weight = _permuted(weight, config[key])
         if there.endswith("ffn_gate_inp_shexp.weight"):
             weight = weight[0]
+        if there.endswith("attn_kv_b.weight") and split_latent:
+            heads = weight.unflatten(0, (config["num_attention_heads"], -1))
+            size = config["qk_nope_head_dim"]
+            latent[there.replace("kv_b", "k_b")] = heads[:, :size].transpose(1, 2).contiguous()
+            latent[there.replace("kv_b", "v_b")] = heads[:, size:].contiguous()
+            untouched[name] = weight
+            continue
         held[name] = weight
         stacks.setdefault(there, {})[expert or 0] = name
     writer = gguf.GGUFWriter(folder / "model.gguf", model.name)
     writer.add_block_count(config["num_hidden_layers"])
     if describe is not None:
         describe(writer)
-    reference = {}
+    for there, part in latent.items():
+        writer.add_tensor(there, part.float().numpy().astype(np.float16), raw_dtype=Kind.F16)
+    reference = {name: weight.half().to(weight.dtype) for name, weight in untouched.items()}
     for there, names in stacks.items():
         weights = [held[names[expert]].float().numpy() for expert in sorted(names)]
         weight = np.stack(weights) if "_exps" in there else weights[0]
@@ -170,6 +192,9 @@ GGUF_MODELS = {
         "qwen2moe",
         {"gate_inp": Kind.F32, "_exps|attn_|_shexp": Kind.Q8_0, "token_embd|output": Kind.F16},
         {"shared_expert_intermediate_size": 64},
+    ),
+    "deepseek2, keys and values apart": GgufModel(
+        "deepseek_v3", "deepseek2", {"kv_b": Kind.F16, "_exps|attn_q|shexp|output": Kind.Q8_0}, {}
     ),
     "minimax-m2": GgufModel(
         "minimax_m2", "minimax-m2", {"_exps": Kind.Q5_0, "attn_": Kind.Q8_0}, {"intermediate_size": 32}

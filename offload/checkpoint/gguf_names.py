@@ -19,12 +19,20 @@ Change = Callable[[torch.Tensor, Any], torch.Tensor]
 """(weight as the file has it, text config) -> weight as the model has it."""
 
 
+Compose = Callable[..., torch.Tensor]
+"""(parts as the file has them) -> weight as the model has it."""
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """``changes`` undoes what llama.cpp did, by the end of the parameter's name."""
+    """``changes`` undoes what llama.cpp did, by the end of the parameter's name.
+
+    ``composed`` are parameters that it has taken apart, with the names of the parts and what makes the weight of them.
+    """
 
     model_types: tuple[str, ...]
     changes: Mapping[str, Change] = field(default_factory=dict)
+    composed: Mapping[str, tuple[tuple[str, ...], Compose]] = field(default_factory=dict)
 
 
 def _unpermute(heads: str) -> Change:
@@ -37,11 +45,18 @@ def _unpermute(heads: str) -> Change:
     return change
 
 
+def _latent_keys_and_values(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Of each head first its keys, [heads, rank, size] in the file, then its values, [heads, size, rank]."""
+    return torch.cat([keys.transpose(1, 2), values], 1).flatten(0, 1)
+
+
+_LATENT = {"self_attn.kv_b_proj.weight": (("attn_k_b.weight", "attn_v_b.weight"), _latent_keys_and_values)}
 ARCHITECTURES = {
     "qwen2moe": Architecture(("qwen2_moe",)),
     "qwen3moe": Architecture(("qwen3_moe",)),
     "olmoe": Architecture(("olmoe",)),
     "minimax-m2": Architecture(("minimax_m2",)),
+    "deepseek2": Architecture(("deepseek_v2", "deepseek_v3"), composed=_LATENT),
     "llama": Architecture(
         ("mixtral",),
         {

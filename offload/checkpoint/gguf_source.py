@@ -16,7 +16,7 @@ from offload.checkpoint.formats.gguf import BLOCKS, GgufLayout
 from offload.checkpoint.formats.method import Method, Read
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor
 from offload.checkpoint.gguf_file import GgufHeader, GgufTensor, gguf_files, read_header
-from offload.checkpoint.gguf_names import Change, get_architecture, name_tensors
+from offload.checkpoint.gguf_names import Change, Compose, get_architecture, name_tensors
 from offload.checkpoint.model_folder import CONFIG_FILE
 from offload.checkpoint.reading import KnownPlace
 from offload.errors import ModelError
@@ -47,7 +47,8 @@ class GgufCheckpoint:
     """``files`` of the parts; ``header`` is that of the first. ``tensors`` and ``file_of`` go by the file's names.
 
     Once :meth:`sort` was called, ``places`` has all tensors by the file's names and the model's, and ``changes`` what
-    makes those of the file into those of the model where they are not the same.
+    makes those of the file into those of the model where they are not the same; ``composed`` are those that are made of
+    several.
     """
 
     files: tuple[Path, ...]
@@ -55,6 +56,7 @@ class GgufCheckpoint:
     file_of: dict[str, Path]
     tensors: dict[str, GgufTensor]
     changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+    composed: dict[str, tuple[tuple[str, ...], Compose]] = field(default_factory=dict)
     places: dict[str, KnownPlace] = field(default_factory=dict)
 
     @property
@@ -92,8 +94,10 @@ class GgufCheckpoint:
         architecture = self.header.architecture
         sources, skeleton = name_tensors(model, experts, architecture, self.tensors)
         packed = {}
+        self.composed = self._find_composed(model)
+        parts = [key for keys, _ in self.composed.values() for key in keys]
         stacked = {key for source in sources.values() for keys in source.keys.values() for key in keys}
-        for name, key in (skeleton | {key: key for key in stacked}).items():
+        for name, key in (skeleton | {key: key for key in (*stacked, *parts)}).items():
             tensor = self.tensors[key]
             if tensor.kind in _PLAIN:
                 continue
@@ -106,6 +110,7 @@ class GgufCheckpoint:
             packed[name] = PackedTensor(GgufLayout((rows, columns), kind), (key,), stack[0] if stack else None)
         self.places = {key: self._place(key) for key in self.tensors}
         self.places |= {name: self.places[key] for name, key in skeleton.items()}
+        self.places |= {name: self.places[keys[0]] for name, (keys, _) in self.composed.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         config = model.config.get_text_config()
         changes = get_architecture(architecture).changes
@@ -115,7 +120,17 @@ class GgufCheckpoint:
                 self.changes[name] = partial(_changed, change=change, config=config)
             elif self.tensors[key].shape != shapes[name] and _same_size(self.tensors[key].shape, shapes[name]):
                 self.changes[name] = partial(_reshaped, shape=shapes[name])
-        return sources, skeleton, packed
+        return sources, skeleton | {name: keys[0] for name, (keys, _) in self.composed.items()}, packed
+
+    def _find_composed(self, model: Any) -> dict[str, tuple[tuple[str, ...], Compose]]:
+        found = {}
+        for name in model.state_dict():
+            for end, (parts, compose) in get_architecture(self.header.architecture).composed.items():
+                layer = name.removesuffix(end).rpartition("layers.")[2].rstrip(".")
+                keys = tuple(f"blk.{layer}.{part}" for part in parts)
+                if name.endswith(end) and all(key in self.tensors for key in keys):
+                    found[name] = keys, compose
+        return found
 
     def _place(self, key: str) -> KnownPlace:
         tensor = self.tensors[key]

@@ -157,7 +157,7 @@ class CheckpointSource:
                 yield name, 0, tensor
             return
         key = next(iter(found.source.keys.values()))[0]
-        if self.gguf is not None and key in self.gguf.changes:
+        if self.gguf is not None and (key in self.gguf.changes or key in self.gguf.composed):
             yield found.parameters[0], 0, self._read(key, slice(None))
             return
         shape = self._shape(key)
@@ -201,11 +201,10 @@ class CheckpointSource:
 
     def _read(self, key: str, rows: slice) -> torch.Tensor:
         if self.gguf is not None and key in self.gguf.changes:
-            whole = slice(None)
-            plain = key not in self.packed.tensors
-            weight = self._read_part(key, whole) if plain else self._decoded(key, whole)
-            changed: torch.Tensor = self.gguf.changes[key](weight)
-            return changed[rows]
+            return self.gguf.changes[key](self._decoded(key, slice(None)))[rows]
+        if self.gguf is not None and key in self.gguf.composed:
+            parts, compose = self.gguf.composed[key]
+            return compose(*(self._decoded(part, slice(None)) for part in parts))[rows]
         return self._decoded(key, rows)
 
     def _decoded(self, key: str, rows: slice) -> torch.Tensor:

@@ -163,6 +163,18 @@ def test_a_file_alone(tmp_path: Path) -> None:
             assert finish(engine.generate("the expert", sampling))[1].reason in ("length", "stop")
 
 
+def test_latent_attention_in_one_piece(tmp_path: Path) -> None:
+    """As files of 2024 have it: the same model as with keys and values apart."""
+    model = GGUF_MODELS["deepseek2, keys and values apart"]._replace(sizes={"num_hidden_layers": 2})
+    logits_of = []
+    for name, split in (("apart", True), ("whole", False)):
+        pair = publish_gguf(model, tmp_path / name, split_latent=split)
+        assert any("attn_kv_b" in tensor.name for tensor in read_header(pair.published).tensors) is not split
+        with open_tiny(pair.published, tmp_path / "packs" / name) as engine:
+            logits_of.append(logits(engine))
+    assert_equal(*logits_of)
+
+
 def test_the_config_must_be_beside_some_files(small: Pair, tmp_path: Path) -> None:
     alone = Path(shutil.copy(small.published, tmp_path / "model.gguf"))
     with pytest.raises(ModelError, match=r"put config\.json and the tokenizer's files of the original model into"):
