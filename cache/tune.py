@@ -18,7 +18,13 @@ import numpy as np
 from cache.events import Events, trace_events
 from cache.hardware import Hardware
 from cache.policies import POLICIES, PolicyContext, PolicyError, make_policy, runtime_policies
-from cache.predictors import PredictorContext, PredictorError, make_predictor, runtime_predictors
+from cache.predictors import (
+    NextGatePrediction,
+    PredictorContext,
+    PredictorError,
+    make_predictor,
+    runtime_predictors,
+)
 from cache.replay_result import Part
 from cache.shares import SCOPES
 from cache.simulate import ReplaySettings, replay_events
@@ -368,6 +374,11 @@ def _counts(part: Part) -> tuple[int, int, int]:
     return int(part.hits.sum()), int(part.pending.sum()), int(part.misses.sum())
 
 
+def replayed_predictors() -> list[str]:
+    """The names of the predictors that go by nothing but what a trace holds."""
+    return [name for name in runtime_predictors() if name != NextGatePrediction.name]
+
+
 def split_specs(text: str) -> list[str]:
     """Policies of ``lru,NAME:key=4|16,other=2,lfu``: a comma before ``key=value`` belongs to the policy before it, and
     ``|`` lists values to try. Raises TuneError for an empty list."""
@@ -414,8 +425,12 @@ def candidates(
             raise TuneError(f"there is no policy '{name}'; there are {', '.join(runtime_policies())}")
         if kind.simulation_only:
             raise TuneError(f"{name} knows the future and is always shown for comparison; name others")
-        if predictor is not None and predictor not in runtime_predictors():
-            raise TuneError(f"there is no predictor '{predictor}'; there are off, {', '.join(runtime_predictors())}")
+        if predictor is not None and predictor not in replayed_predictors():
+            raise TuneError(
+                f"'{predictor}' is no predictor that a trace can be replayed with; there are off, "
+                f"{', '.join(replayed_predictors())} (measure next-gate with bench --compare: a trace holds nothing it "
+                "goes by)"
+            )
         needs = kind.takes is not None and not parameters  # without its file it has the other requests to go by
         both = (kind.learns and not (kind.takes and parameters)) or predictor is not None
         found += [

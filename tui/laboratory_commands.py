@@ -26,7 +26,7 @@ def run_trace(arguments: argparse.Namespace, work: Any, screen: Screen) -> int:
 
 
 def _info(arguments: argparse.Namespace, work: Any, screen: Screen) -> None:
-    found = [work.describe(file) for file in arguments.files]
+    found = [work.describe(file, arguments.recall) for file in arguments.files]
     if arguments.json:
         screen.answer(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
         return

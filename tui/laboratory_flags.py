@@ -30,6 +30,13 @@ def add_trace_commands(add: AddParser) -> None:
     """The commands below ``trace``; ``add`` makes a parser from a name and a summary."""
     info = add("info", "show what a trace says about caching")
     _files(info)
+    info.add_argument(
+        "--recall",
+        type=listed(whole, "--recall"),
+        metavar="LIST",
+        default=(),
+        help="also how many of the next layer's experts predictors foretell with so many guesses, such as 4,8",
+    )
     info.add_argument("--json", action="store_true", help="print JSON, a list with an object for each file")
     for name, summary in (
         ("convert", "turn routing that another program wrote into a trace, or a trace into text"),

@@ -41,6 +41,7 @@ def trace_text(found: dict[str, Any]) -> str:
         f"of {phase}, mean over the layers:\n" + table(measured, right=(1,)),
         _lags(found["lags"], uniform),
         _working_set(found["working_set"], found["experts"]),
+        _predictors(found.get("predictors", [])),
         _layers(found["by_layer"]),
     ]
     return "\n".join(part for part in parts if part)
@@ -63,6 +64,16 @@ def _working_set(windows: Sequence[dict[str, Any]], experts: int) -> str:
         for one in windows
     ]
     return f"distinct experts of a layer, of {experts}, in so many tokens:\n" + table(rows, right=(0, 1))
+
+
+def _predictors(scores: Sequence[dict[str, Any]]) -> str:
+    if not scores:
+        return ""
+    rows = [
+        (one["predictor"], str(one["guesses"]), _percent(one["recall"]), _percent(one["precision"])) for one in scores
+    ]
+    text = table([("PREDICTOR", "GUESSES", "RECALL", "PRECISION"), *rows], right=(1, 2, 3))
+    return f"of the next layer's experts foretold, and of the guesses right:\n{text}"
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> str:

@@ -9,12 +9,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from cache.events import trace_events
+from cache.predictors.evaluate import evaluate
 from cache.synthetic import MODELS, SyntheticError, SyntheticSettings, synthetic_trace
 from cache.trace import DECODE, Trace, TraceError
 from cache.trace_edit import folds, mend, merge, requests_of, select
 from cache.trace_forms import SUFFIXES, read_trace, write_trace
 from cache.trace_forms.base import PHASES
 from cache.trace_statistics import trace_statistics
+from cache.tune import replayed_predictors
 from offload.errors import RunLocalError, UsageError
 
 
@@ -38,12 +41,30 @@ def read_traces(
         raise RunLocalError(str(error)) from error
 
 
-def describe(file: Path) -> dict[str, Any]:
-    """The statistics of one trace, as JSON values. Raises RunLocalError."""
+def describe(file: Path, recall: Sequence[int] = ()) -> dict[str, Any]:
+    """The statistics of one trace, as JSON values; with ``recall`` also how well predictors foretell it with so many
+    guesses. Raises RunLocalError."""
+    if any(limit < 1 for limit in recall):
+        raise UsageError("--recall must be at least 1")
     trace = read_traces([file])
     if not len(trace):
         raise RunLocalError(f"{file}: the trace is empty: nothing was answered while it was recorded")
-    return {"file": str(file)} | trace_statistics(trace).to_json()
+    found = {"file": str(file)} | trace_statistics(trace).to_json()
+    return found | {"predictors": _predictors(trace, recall)} if recall else found
+
+
+def _predictors(trace: Trace, recall: Sequence[int]) -> list[dict[str, Any]]:
+    """Recall and precision on the second half of the requests, after learning from the first half; of one request, on
+    all of it, learning on the way."""
+    requests = requests_of(trace)
+    half = len(requests) // 2
+    training = trace_events(select(trace, requests[:half])) if half else None
+    events = trace_events(select(trace, requests[half:]))
+    return [
+        {"predictor": name, "guesses": score.m, "recall": score.recall, "precision": score.precision}
+        for name in replayed_predictors()
+        for score in evaluate(name, events, trace.experts, recall, training)
+    ]
 
 
 def convert(

@@ -48,6 +48,12 @@ def test_trace_info(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "trace", "info", "--json", str(trace), str(trace))
     first, second = json.loads(out)
     assert first == second and first["requests"] == 5 and len(first["by_layer"]) == 3
+    assert "predictors" not in first
+    code, out, _ = run(capsys, "trace", "info", "--json", "--recall", "2,8", str(trace))
+    scores = {(one["predictor"], one["guesses"]): one for one in json.loads(out)[0]["predictors"]}
+    assert {name for name, _ in scores} == {"layer-markov", "previous-token", "popularity"}
+    assert scores["popularity", 8]["recall"] == 1.0 and scores["popularity", 8]["precision"] == pytest.approx(2 / 8)
+    assert "PRECISION" in run(capsys, "trace", "info", "--recall", "2", str(trace))[1]
     assert {"lags", "working_set", "mean", "uniform_overlap", "prefill_tokens", "decode_tokens"} <= first.keys()
 
 
@@ -70,6 +76,12 @@ def test_convert_merge_and_split(trace: Path, capsys: pytest.CaptureFixture[str]
         (["trace", "info", "none.npz"], 1, "none.npz: there is no such file"),
         (["trace", "info", "cut.npz"], 1, "cut.npz: the file is damaged or cut off"),
         (["trace", "info", "text.txt"], 1, "text.txt: its beginning is of no known form; name one with --form"),
+        (["trace", "info", "t.npz", "--recall", "0"], 2, "--recall must be at least 1"),
+        (
+            ["tune", "t.npz", "--predictor", "next-gate"],
+            2,
+            "'next-gate' is no predictor that a trace can be replayed with",
+        ),
         (["trace", "convert", "text.txt", "o.npz", "--form", "csv"], 1, "text.txt, line 1: the header needs"),
         (["trace", "convert", "t.npz", "o.txt"], 2, "o.txt: the name must end in .npz, .csv, .jsonl"),
         (["trace", "convert", "t.npz", "no/o.npz"], 2, "there is no folder"),
