@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
@@ -89,6 +90,7 @@ class Engine:
         self,
         *,
         model: PreTrainedModel,
+        decoding: AbstractContextManager[None],
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
         plan: Plan,
@@ -102,6 +104,7 @@ class Engine:
         settings: EngineSettings,
     ) -> None:
         self._model = model
+        self._decoding = decoding
         self._encoder = encoder
         self._defaults = generation_config
         self._plan = plan
@@ -289,7 +292,8 @@ class Engine:
             while len(tokens) < limit:
                 if self._runtime.cancelled.is_set():
                     raise Cancelled
-                token = sampler(tokens, logits)
+                with self._decoding:
+                    token = sampler(tokens, logits)
                 tokens.append(token)
                 tally.new_tokens += 1
                 if tally.new_tokens == 1:
@@ -332,7 +336,8 @@ class Engine:
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         began = time.perf_counter()
-        logits = self._forward([token], decode=True)[-1]
+        with self._decoding:
+            logits = self._forward([token], decode=True)[-1]
         tally.decode_seconds += time.perf_counter() - began
         tally.decode_steps += 1
         return logits

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from cache.cache_log import CacheSetup, LoggedCache
@@ -22,6 +23,7 @@ from offload.compute.calibration import crossover
 from offload.compute.choose import expert_compute
 from offload.compute.kernels import load_kernels
 from offload.compute.product import DECODE_BYTES, Products
+from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import get_device
@@ -37,6 +39,7 @@ from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_cache_bytes
+from offload.model.norms import fuse_norms
 from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.skeleton import load_skeleton, skeleton_bytes
@@ -97,20 +100,22 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         if settings.verify:
             file.verify(on_event)
         modules = source.experts
+        numbers = [module.layer for module in modules]
+        most_experts = max(module.num_experts for module in modules)
+        earlier = earlier_events(settings.learn_from, numbers, most_experts)
         dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
         model = load_skeleton(source, device.torch_device, on_event, dense, products)
         if _quantised(settings):
-            use_grouped_attention(model)
+            use_grouped_attention(model, products.kernels)
+            if products.kernels is not None:
+                fuse_norms(model, products.kernels)
         release_free_memory()
         arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
         undo.callback(arena.close)
         arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
         undo.pop_all()
     lane = DiskLane(file, settings.read_workers)
-    numbers = [module.layer for module in modules]
-    most_experts = max(module.num_experts for module in modules)
     setup = CacheSetup(settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0)
-    earlier = earlier_events(settings.learn_from, numbers, most_experts)
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
@@ -128,8 +133,13 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     compute = expert_compute(weight_format, products)
     runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
+    decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
+        products.kernels.threads = torch.get_num_threads()
+        decoding = OneThread()
     return {
         "model": model,
+        "decoding": decoding,
         "encoder": encoder,
         "generation_config": generation_config,
         "plan": plan,
