@@ -33,6 +33,7 @@ from offload.demo import DEMO_NAME
 from offload.devices import get_device
 from offload.errors import ModelError, UsageError
 from offload.events import LoadProgress, Notice
+from offload.learning import earlier_events
 from offload.memory.activations import activation_bytes, staged_bytes
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
@@ -105,6 +106,9 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         if settings.verify:
             file.verify(on_event)
         modules = source.experts
+        numbers = [module.layer for module in modules]
+        most_experts = max(module.num_experts for module in modules)
+        earlier = earlier_events(settings.learn_from, numbers, most_experts)
         dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
         model = load_skeleton(source, device.torch_device, on_event, dense, products)
         if _quantised(settings):
@@ -117,20 +121,21 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
         undo.pop_all()
     lane = DiskLane(file, settings.read_workers)
-    numbers = [module.layer for module in modules]
-    most_experts = max(module.num_experts for module in modules)
     setup = CacheSetup(settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0)
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
-        cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers())
+        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers())
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:
         top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
-        recorder = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0))
+        recorder = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0), settings.trace_out.parent)
+        parts = plan.to_json()["bytes"]
+        resident = sum(size for name, size in parts.items() if name not in ("expert_slots", "unused"))
+        recorder.add_meta(format=settings.format, expert_bytes=plan.sizes.slot_bytes, resident_bytes=resident)
     weight_format = get_format(settings.format)
-    predictor = make_prefetcher(settings.prefetch, model, modules)
+    predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
     compute = expert_compute(weight_format, products, _decoders(settings, source, on_event))
     runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
