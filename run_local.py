@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -12,12 +11,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from offload.config import format_size
+from offload.config import DEFAULT_POLICY, DEFAULT_SCOPE, format_size
 from offload.errors import RunLocalError, UsageError
 from tui.bench import BENCH_SAMPLING_FLAGS, add_bench_flags, given_flags, read_text
+from tui.config_file import kept_flags
 from tui.failures import EXIT_CODES, ExitCode, run_guarded
 from tui.flags import FORMAT_FLAGS, MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, Flag, FlagValues, read_flags
+from tui.laboratory_flags import add_trace_commands, add_tune_flags
 from tui.libraries import hub_is_offline, prepare_libraries
+from tui.outputs import check_outputs
 from tui.text import check_text, decode
 
 if TYPE_CHECKING:
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
     from tui.screen import Screen
 
 Command = Callable[[argparse.Namespace, FlagValues], int]
+_COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config")
 
 _ENVIRONMENT = """\
-Flags of the groups model, memory, run and sampling can also be set in the environment: --ctx is RUN_LOCAL_CTX, and so
-on. A flag wins over its variable. Answers go to stdout, everything else to stderr."""
+Flags of the groups model, format, memory, run and sampling can also be set in the environment (--ctx is RUN_LOCAL_CTX),
+by --preset, and in config.toml; a flag wins over its variable, that over the preset, that over the file. 'config show'
+tells what holds. Answers go to stdout, everything else to stderr."""
 _FLAG_GROUPS = {
     "model": MODEL_FLAGS,
     "format": FORMAT_FLAGS,
@@ -100,6 +104,16 @@ def build_parser() -> argparse.ArgumentParser:
     models = _add_command(commands, "models", _models, "list or remove packs", ())
     _add_flags(models, "model", [flag for flag in MODEL_FLAGS if flag.name == "--experts-dir"])
     models.add_argument("--remove", metavar="NAME", help="delete the pack NAME")
+
+    trace = _add_command(commands, "trace", _trace, "look at routing traces, convert and make them", ())
+    add_trace_commands(_nested(trace, "trace", _trace))
+    add_tune_flags(_add_command(commands, "tune", _tune, "find the policy and the cache size for your traces", ()))
+
+    config = _add_command(commands, "config", _config, "show the settings", ())
+    show = _nested(config, "config", _config)("show", "show every flag, its value and where that comes from")
+    for group, flags in _FLAG_GROUPS.items():
+        _add_flags(show, group, flags)
+    show.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 
@@ -111,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     if not hasattr(arguments, "run"):
-        raise UsageError("give a command: chat, batch, plan, pack, bench or models (see run-local --help)")
-    values = read_flags(arguments, arguments.flags, os.environ)
+        raise UsageError(f"give a command: {', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]} (see run-local --help)")
+    values = _values(arguments)
     if hub_is_offline(os.environ):
         values.given.setdefault("offline", True)
     command: Command = arguments.run
@@ -120,6 +134,15 @@ def _run(argv: Sequence[str] | None) -> int:
         return command(arguments, values)
     except UsageError as error:
         raise UsageError(values.blame(str(error))) from error
+
+
+def _values(arguments: argparse.Namespace) -> FlagValues:
+    """The shared flags of a command, from the command line, the environment, the preset and the file."""
+    if not arguments.flags:
+        return FlagValues({})
+    known = [flag.dest for group in _FLAG_GROUPS.values() for flag in group]
+    kept = kept_flags(getattr(arguments, "preset", None), arguments.command, _COMMANDS, known, os.environ)
+    return read_flags(arguments, arguments.flags, os.environ, kept)
 
 
 def _add_command(
@@ -133,10 +156,22 @@ def _add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run, flags=[])
+    parser.set_defaults(run=run, flags=[], command=name)
     for group in groups:
         _add_flags(parser, group, _FLAG_GROUPS[group])
     return parser
+
+
+def _nested(parser: _Parser, command: str, run: Command) -> Callable[[str, str], _Parser]:
+    """What adds commands below ``command``."""
+    below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, summary: str) -> _Parser:
+        added = _add_command(below, name, run, summary, ())
+        added.set_defaults(command=command, action=name)
+        return added
+
+    return add
 
 
 def _add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> None:
@@ -148,7 +183,7 @@ def _add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag
 
 def _chat(arguments: argparse.Namespace, values: FlagValues) -> int:
     settings, sampling = values.engine(), values.sampling()
-    _check_outputs(values)
+    check_outputs(values)
     question = _question(arguments.question)
     system = check_text(arguments.system or "", "--system")
 
@@ -187,7 +222,7 @@ def _batch(arguments: argparse.Namespace, values: FlagValues) -> int:
     from tui.screen import Screen
 
     settings, sampling = values.engine(), values.sampling()
-    _check_outputs(values)
+    check_outputs(values)
     source = BatchInput.open(arguments.input)
     path = None if arguments.output == "-" else Path(arguments.output)
     seed = choose_seed(sampling.seed, path if arguments.resume else None)
@@ -282,12 +317,12 @@ def _bench(arguments: argparse.Namespace, values: FlagValues) -> int:
 
     def read_command_line(flags: list[str]) -> tuple[BenchRequest, EngineSettings]:
         parsed = build_parser().parse_args(["bench", *flags])
-        return read(parsed, read_flags(parsed, parsed.flags, os.environ))[:2]
+        return read(parsed, _values(parsed))[:2]
 
     request, settings, sampling = read(arguments, values)
     text = read_text(request.perplexity) if request.perplexity is not None else None
     if not request.compare:
-        _check_outputs(values)
+        check_outputs(values)
         prepare_libraries(settings.offline)
     screen = Screen()
     with LoadReporter(screen) as report:
@@ -339,6 +374,31 @@ def _models(arguments: argparse.Namespace, values: FlagValues) -> int:
     return ExitCode.DONE
 
 
+def _trace(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from offload.laboratory import traces
+    from tui.laboratory_commands import run_trace
+    from tui.screen import Screen
+
+    return run_trace(arguments, traces, Screen())
+
+
+def _tune(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from offload.laboratory import tuning
+    from tui.laboratory_commands import TuneDefaults, run_tune
+    from tui.screen import Screen
+
+    return run_tune(arguments, tuning, TuneDefaults(DEFAULT_POLICY, DEFAULT_SCOPE), Screen())
+
+
+def _config(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from tui.config_view import config_json, config_rows, config_text
+    from tui.screen import Screen
+
+    rows = config_rows(values, arguments.flags)
+    Screen().answer(config_json(rows) if arguments.json else config_text(rows))
+    return ExitCode.DONE
+
+
 @contextmanager
 def _open_engine(settings: EngineSettings, values: FlagValues, screen: Screen) -> Iterator[ChatEngine]:
     """The engine of ``chat`` and ``batch``; writes ``--stats-json`` at the end, after Ctrl-C or an error too."""
@@ -365,35 +425,6 @@ def _write_stats(engine: ChatEngine, path: Path | None) -> None:
         path.write_text(text, "utf-8")
     except OSError as error:
         raise RunLocalError(f"--stats-json: {path} cannot be written ({error.strerror})") from error
-
-
-def _check_outputs(values: FlagValues) -> None:
-    """Find out before a model is loaded that a report could not be written at the end. Raises UsageError."""
-    seen: dict[Path, str] = {}
-    for dest in ("stats_json", "trace_out", "cache_log"):
-        path: Path | None = values.given.get(dest)
-        if path is None:
-            continue
-        flag = "--" + dest.replace("_", "-")
-        try:
-            _try_to_write(path)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"{flag}: {path} cannot be written ({reason})") from error
-        other = seen.setdefault(path.resolve(), flag)
-        if other != flag:
-            raise UsageError(f"{flag}: {path} is the file of {other} too")
-
-
-def _try_to_write(path: Path) -> None:
-    if path.exists() and not path.is_file() and not path.is_dir():
-        if not os.access(path, os.W_OK):  # opening a pipe to try it would end it for its reader
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return
-    existed = path.exists()
-    open(path, "ab").close()
-    if not existed:
-        path.unlink()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.events import Events
 from cache.expert_cache import CacheCounters, ExpertCache, Lookup, Reservation
 from cache.keys import ExpertKey
 from cache.policies import Policy, PolicyContext, PolicyError, make_policy
@@ -35,9 +36,9 @@ class CacheSetup:
     experts: int
     seed: int = 0
 
-    def make_policy(self) -> Policy:
-        """Raises PolicyError."""
-        context = PolicyContext(self.scope, self.seed, layers=len(self.layers), experts=self.experts)
+    def make_policy(self, training: Events | None = None) -> Policy:
+        """``training`` are earlier events to learn from. Raises PolicyError."""
+        context = PolicyContext(self.scope, self.seed, layers=len(self.layers), experts=self.experts, training=training)
         return make_policy(self.policy, context)
 
     def shared_layers(self) -> tuple[int, ...] | None:

@@ -151,6 +151,7 @@ class EngineSettings:
     verify: bool = False
     offline: bool = False
     trace_out: Path | None = None
+    learn_from: tuple[Path, ...] = ()
     cache_log: Path | None = None
     seed: int | None = None
 

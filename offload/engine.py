@@ -39,6 +39,7 @@ from offload.events import (
 )
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
+from offload.learning import check_earlier
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
@@ -66,8 +67,10 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     """
     from offload.opening import open_model
 
+    if settings.learn_from and settings.cache_log is not None:
+        raise UsageError("--cache-log cannot be combined with --learn-from: a log must hold all that the cache knew")
     try:
-        make_policy(settings.policy, PolicyContext(settings.scope))
+        make_policy(settings.policy, PolicyContext(settings.scope, training=check_earlier(settings.learn_from)))
     except PolicyError as error:
         raise UsageError(f"--policy: {error}") from error
     return Engine(**open_model(settings, on_event))

@@ -17,11 +17,15 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.hub import ResolvedModel
 from offload.checkpoint.library import OnEvent, ensure_pack
+from offload.checkpoint.model_folder import side_folder
+from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import crossover
 from offload.compute.choose import expert_compute
+from offload.compute.decoded import decode_bytes
 from offload.compute.kernels import load_kernels
+from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
@@ -29,6 +33,7 @@ from offload.demo import DEMO_NAME
 from offload.devices import get_device
 from offload.errors import ModelError, UsageError
 from offload.events import LoadProgress, Notice
+from offload.learning import earlier_events
 from offload.memory.activations import activation_bytes, staged_bytes
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
@@ -57,6 +62,7 @@ def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
+    _say_quantised(settings, resolved.name, source, on_event)
     return _plan(settings, resolved, source)
 
 
@@ -72,6 +78,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         )
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
+    _say_quantised(settings, resolved.name, source, on_event)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
     plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
@@ -82,7 +89,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
                 "the cache has something to do (--residency 1 holds all)"
             )
         )
-    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME:
+    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME and source.method is None:
         on_event(
             Notice(
                 f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
@@ -99,6 +106,9 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         if settings.verify:
             file.verify(on_event)
         modules = source.experts
+        numbers = [module.layer for module in modules]
+        most_experts = max(module.num_experts for module in modules)
+        earlier = earlier_events(settings.learn_from, numbers, most_experts)
         dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
         model = load_skeleton(source, device.torch_device, on_event, dense, products)
         if _quantised(settings):
@@ -111,21 +121,22 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
         undo.pop_all()
     lane = DiskLane(file, settings.read_workers)
-    numbers = [module.layer for module in modules]
-    most_experts = max(module.num_experts for module in modules)
     setup = CacheSetup(settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0)
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
-        cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers())
+        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers())
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:
         top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
-        recorder = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0))
+        recorder = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0), settings.trace_out.parent)
+        parts = plan.to_json()["bytes"]
+        resident = sum(size for name, size in parts.items() if name not in ("expert_slots", "unused"))
+        recorder.add_meta(format=settings.format, expert_bytes=plan.sizes.slot_bytes, resident_bytes=resident)
     weight_format = get_format(settings.format)
-    predictor = make_prefetcher(settings.prefetch, model, modules)
-    compute = expert_compute(weight_format, products)
+    predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
+    compute = expert_compute(weight_format, products, _decoders(settings, source, on_event))
     runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
     decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -158,6 +169,18 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     }
 
 
+def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource, on_event: OnEvent) -> None:
+    """What becomes of the weights of a quantised checkpoint."""
+    if source.method is None:
+        return
+    experts = "stay as published" if settings.format == "native" else f"are packed as {settings.format}"
+    dtype = str(source.dtype).removeprefix("torch.")
+    rest = f"the other weights are held in {dtype} (--dense-format int8 makes them smaller)"
+    if settings.dense_format != "native":
+        rest = f"the other matrices are held in {settings.dense_format}"
+    on_event(Notice(f"{name} is quantised ({source.method.name}): its experts {experts}, {rest}"))
+
+
 def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
     """What multiplies quantised weights; compiles the kernels if this machine has none yet."""
     if settings.kernels == "torch" or not _quantised(settings):
@@ -168,6 +191,17 @@ def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
 
     kernels = load_kernels(failed)
     return Products(kernels, crossover(kernels, on_event))
+
+
+def _decoders(settings: EngineSettings, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
+    """What decodes packed weights; compiled if this machine has none yet."""
+    if settings.kernels == "torch" or source.method is None or settings.format != "native":
+        return None
+
+    def failed(why: str) -> None:
+        on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
+
+    return load_decoders(failed)
 
 
 def _quantised(settings: EngineSettings) -> bool:
@@ -184,10 +218,9 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
         skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
         kv_bytes=kv_cache_bytes(source.model, context),
         activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager)
-        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0),
-        slot_bytes=max(
-            weight_format.layout(module.tensors, module.transposed).record_bytes for module in source.experts
-        ),
+        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0)
+        + (decode_bytes(_expert_shapes(source), itemsize) if source.method and weight_format.published else 0),
+        slot_bytes=max(record_layout(source, module, weight_format).record_bytes for module in source.experts),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
     )
@@ -203,6 +236,10 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
         settings.ram,
         residency,
     )
+
+
+def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:
+    return [shape for module in source.experts for shape, _ in module.tensors.values()]
 
 
 def _demo_residency(settings: EngineSettings) -> bool:
@@ -221,11 +258,11 @@ def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:
 
 def _generation_config(folder: Path, source: CheckpointSource) -> GenerationConfig:
     """The checkpoint's own defaults. Raises ModelError if they cannot be read."""
-    path = folder / "generation_config.json"
+    path = side_folder(folder) / "generation_config.json"
     if not path.exists():
         return GenerationConfig.from_model_config(source.model.config)
     try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be used ({reason}); mend it, or remove it to do without") from error

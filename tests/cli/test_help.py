@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.running import ROOT, environment
 
-COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models")
+COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config")
 HEAVY = ("torch", "transformers", "textual", "rich", "numpy", "huggingface_hub", "tokenizers", "readline")
 
 
