@@ -7,21 +7,36 @@ threads only :meth:`Engine.cancel` may be called.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from cache.policies import PolicyError, make_policy
+from cache.cache_log import LoggedCache
+from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
+from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.devices import SlotArena
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RunStats, Token
+from offload.events import (
+    Done,
+    Event,
+    FinishReason,
+    LiveChanges,
+    LoadProgress,
+    Notice,
+    PrefillProgress,
+    RunStats,
+    Token,
+)
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
 from offload.memory.lanes import DiskLane
@@ -31,7 +46,9 @@ from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
+from offload.model.prefetchers import Prefetcher, make_prefetcher
 from offload.model.prompt import PromptEncoder
+from offload.model.transformers_api import ExpertsModule
 from offload.protocol import Message
 
 OnEvent = Callable[[LoadProgress | Notice], None]
@@ -50,7 +67,7 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     from offload.opening import open_model
 
     try:
-        make_policy(settings.policy)
+        make_policy(settings.policy, PolicyContext(settings.scope))
     except PolicyError as error:
         raise UsageError(f"--policy: {error}") from error
     return Engine(**open_model(settings, on_event))
@@ -70,6 +87,7 @@ class Engine:
         self,
         *,
         model: PreTrainedModel,
+        decoding: AbstractContextManager[None],
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
         plan: Plan,
@@ -79,9 +97,11 @@ class Engine:
         file: ExpertFile,
         arena: SlotArena,
         recorder: TraceRecorder | None,
+        modules: list[ExpertsModule],
         settings: EngineSettings,
     ) -> None:
         self._model = model
+        self._decoding = decoding
         self._encoder = encoder
         self._defaults = generation_config
         self._plan = plan
@@ -91,6 +111,7 @@ class Engine:
         self._file = file
         self._arena = arena
         self._recorder = recorder
+        self._modules = modules
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
         self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
@@ -208,6 +229,16 @@ class Engine:
         part, self._lap = now.since(self._lap), now
         return run_stats(part, self._labels, self._plan, self._seed)
 
+    def change(self, changes: LiveChanges) -> None:
+        """See :meth:`offload.protocol.LiveEngine.change`."""
+
+        def prefetcher(name: str) -> Prefetcher | None:
+            return make_prefetcher(name, self._model, self._modules)
+
+        self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher)
+        now = self._settings
+        self._labels = dataclasses.replace(self._labels, policy=now.policy, scope=now.scope, prefetch=now.prefetch)
+
     def rss_bytes(self) -> int:
         return rss_bytes()
 
@@ -220,13 +251,17 @@ class Engine:
         self._lane.close()
         self._file.close()
         self._arena.close()
-        if self._recorder is not None and self._settings.trace_out is not None:
-            try:
-                self._recorder.save(self._settings.trace_out)
-            except OSError as error:
-                raise RunLocalError(
-                    f"--trace-out: {self._settings.trace_out} cannot be written ({error.strerror or error})"
-                ) from error
+        cache = self._runtime.cache
+        outputs: list[tuple[str, Path | None, Callable[[Path], None] | None]] = [
+            ("--trace-out", self._settings.trace_out, self._recorder.save if self._recorder is not None else None),
+            ("--cache-log", self._settings.cache_log, cache.save if isinstance(cache, LoggedCache) else None),
+        ]
+        for flag, path, save in outputs:
+            if path is not None and save is not None:
+                try:
+                    save(path)
+                except OSError as error:
+                    raise RunLocalError(f"{flag}: {path} cannot be written ({error.strerror or error})") from error
 
     def __enter__(self) -> Engine:
         return self
@@ -254,7 +289,8 @@ class Engine:
             while len(tokens) < limit:
                 if self._runtime.cancelled.is_set():
                     raise Cancelled
-                token = sampler(tokens, logits)
+                with self._decoding:
+                    token = sampler(tokens, logits)
                 tokens.append(token)
                 tally.new_tokens += 1
                 if tally.new_tokens == 1:
@@ -297,7 +333,8 @@ class Engine:
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         began = time.perf_counter()
-        logits = self._forward([token], decode=True)[-1]
+        with self._decoding:
+            logits = self._forward([token], decode=True)[-1]
         tally.decode_seconds += time.perf_counter() - began
         tally.decode_steps += 1
         return logits
