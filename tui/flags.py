@@ -101,7 +101,7 @@ class Flag:
 
 
 MODEL_FLAGS = (
-    Flag("--model", check_text, "MODEL", "folder, hub id (org/name) or 'demo' (default: demo)"),
+    Flag("--model", check_text, "MODEL", "folder, GGUF file, hub id (org/name) or 'demo' (default: demo)"),
     Flag("--revision", check_text, "REV", "branch, tag or commit of a hub model (default: main)"),
     Flag("--offline", switch, None, "never use the network; what is not on disk is an error"),
     Flag("--experts-dir", path, "DIR", "folder of packs, or one pack (default: the packs folder in the user's cache)"),

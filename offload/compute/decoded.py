@@ -12,7 +12,7 @@ from offload.checkpoint.formats.packed import PackedMatrix, PackedParameter
 from offload.compute.kernels.published import Decoders
 
 DECODING_BYTES = 32 * 2**20
-"""What decoding needs beside its result (measured: 12 to 26 MiB, most with 4 bits): a block of weights in float32, its
+"""What decoding needs beside its result (measured: 7 to 24 MiB, most with Q6_K): a block of weights in float32, its
 codes and indices."""
 
 
