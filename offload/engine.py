@@ -21,7 +21,8 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.devices import SlotArena
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RunStats, Token
+from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RowEvent, RunStats, Token
+from offload.generation.row_passes import RowPasses
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
 from offload.memory.lanes import DiskLane
@@ -32,7 +33,7 @@ from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
 from offload.model.prompt import PromptEncoder
-from offload.protocol import Message
+from offload.protocol import Message, PreparedRow, TakeRow
 
 OnEvent = Callable[[LoadProgress | Notice], None]
 
@@ -135,18 +136,31 @@ class Engine:
 
     def generate_ids(self, ids: Sequence[int], sampling: SamplingSettings) -> Iterator[Event]:
         """See :meth:`offload.protocol.BenchEngine.generate_ids`. The ids are checked before this returns."""
-        ids = self._checked(ids)
-        if len(ids) >= self.context_tokens:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens, but the context holds {self.context_tokens} with at least one new "
-                "token; shorten it or give a larger --ctx",
-                len(ids),
-                self.context_tokens,
-            )
+        ids = self._fitting(ids)
         sampler = Sampler(sampling, self._defaults)
         self._seed = sampler.seed
         self._runtime.cancelled.clear()
         return self._generate(ids, sampler, sampling)
+
+    @property
+    def rows_at_once(self) -> int:
+        """See :attr:`offload.protocol.RowEngine.rows_at_once`."""
+        return self._plan.sizes.rows
+
+    def prepare(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> PreparedRow:
+        """See :meth:`offload.protocol.RowEngine.prepare`."""
+        return PreparedRow(tuple(self._fitting(self._encoder.encode(prompt))), sampling)
+
+    def generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
+        """See :meth:`offload.protocol.RowEngine.generate_rows`. Forgets the conversation.
+
+        Raises UsageError if the engine was opened for one row at a time.
+        """
+        if self.rows_at_once == 1:
+            raise UsageError("this engine answers one row at a time; open it with a larger --batch-size")
+        self.reset()
+        self._runtime.cancelled.clear()
+        return self._generate_rows(take)
 
     def cancel(self) -> None:
         self._runtime.cancelled.set()
@@ -197,16 +211,21 @@ class Engine:
         self._kv.reset()
 
     def stats(self) -> RunStats:
-        return run_stats(self._session, self._labels, self._plan, self._seed)
+        return run_stats(self._so_far(), self._labels, self._plan, self._seed)
 
     def lap(self) -> RunStats:
         """See :meth:`offload.protocol.BenchEngine.lap`."""
+        now = self._so_far()
+        part, self._lap = now.since(self._lap), now
+        return run_stats(part, self._labels, self._plan, self._seed)
+
+    def _so_far(self) -> Tally:
+        """Sums since the opening, the running generation included."""
         now = Tally()
         now.add(self._session)
         if self._meter is not None:
             now.add(self._meter.read())
-        part, self._lap = now.since(self._lap), now
-        return run_stats(part, self._labels, self._plan, self._seed)
+        return now
 
     def rss_bytes(self) -> int:
         return rss_bytes()
@@ -290,17 +309,26 @@ class Engine:
             part = ids[start : start + self._prefill_chunk]
             began = time.perf_counter()
             logits = self._forward(part, decode=False)[-1]
-            tally.prefill_seconds += time.perf_counter() - began
-            tally.prefilled_tokens += len(part)
+            tally.count_pass(time.perf_counter() - began, [len(part)], decode=False)
             yield PrefillProgress(start + len(part), len(ids), reused)
         return logits
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         began = time.perf_counter()
         logits = self._forward([token], decode=True)[-1]
-        tally.decode_seconds += time.perf_counter() - began
-        tally.decode_steps += 1
+        tally.count_pass(time.perf_counter() - began, [1], decode=True)
         return logits
+
+    def _generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
+        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
+        passes = RowPasses(
+            self._model, self._runtime, self._plan, meter, self._prefill_chunk, self._requests, self._forwards
+        )
+        try:
+            yield from passes.run(take, self._encoder.tokenizer, self._stop_ids, self._defaults)
+        finally:
+            self._requests, self._forwards = passes.requests, passes.forwards
+            self._close_meter(meter)
 
     def _score(self, ids: list[int]) -> Iterator[torch.Tensor]:
         """The pieces of :meth:`score`."""
@@ -314,8 +342,7 @@ class Engine:
                 part = ids[start : start + self._score_chunk]
                 began = time.perf_counter()
                 logits = self._forward(part, decode=False, all_positions=True)
-                meter.tally.prefill_seconds += time.perf_counter() - began
-                meter.tally.prefilled_tokens += len(part)
+                meter.tally.count_pass(time.perf_counter() - began, [len(part)], decode=False)
                 for piece in logits.split(rows):
                     yield piece.to("cpu", torch.float32, copy=True)  # a view would keep all of them
                 del logits, piece  # before the next pass makes its own
@@ -330,6 +357,18 @@ class Engine:
         if not 0 <= min(ids) <= max(ids) < self._vocabulary:
             raise UsageError(f"the prompt has token ids outside of the vocabulary (0 to {self._vocabulary - 1})")
         return list(ids)
+
+    def _fitting(self, ids: Sequence[int]) -> list[int]:
+        """``ids`` as a list. Raises UsageError as :meth:`_checked` does, ContextError if they do not fit."""
+        ids = self._checked(ids)
+        if len(ids) >= self.context_tokens:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens, but the context holds {self.context_tokens} with at least one new "
+                "token; shorten it or give a larger --ctx",
+                len(ids),
+                self.context_tokens,
+            )
+        return ids
 
     def _close_meter(self, meter: Meter) -> None:
         self._session.add(meter.read())

@@ -105,7 +105,8 @@ class RunStats:
     """Statistics of one generation or of a whole session. Field names are those of ``--stats-json``.
 
     ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
-    first token.
+    first token. ``shared_prompt_tokens`` of the ``prompt_tokens`` were copied from another row of a batch;
+    ``decode_passes`` are the forward passes in which rows only decoded.
     """
 
     model: str
@@ -125,6 +126,8 @@ class RunStats:
     bytes: ByteStats
     seconds: SecondStats
     memory: MemoryStats
+    shared_prompt_tokens: int = 0
+    decode_passes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``--stats-json`` writes."""
@@ -147,9 +150,34 @@ Event = PrefillProgress | Token | Done
 
 
 @dataclass(frozen=True, slots=True)
+class RowsPass:
+    """One forward pass over the rows of a batch is done: so many rows are in flight, with so many new tokens."""
+
+    running: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowDone:
+    """The end of one row of a batch; ``row`` counts the rows in the order in which they were taken."""
+
+    row: int
+    reason: FinishReason
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    error: str | None = None
+
+
+RowEvent = RowsPass | RowDone
+
+
+@dataclass(frozen=True, slots=True)
 class BatchProgress:
     """Where a batch stands. ``rows_done`` of ``rows_total`` (None: not known) have their output row, rows of an
-    earlier run included; ``row_tokens`` are those of the row now running. The rates are those of the session."""
+    earlier run included; ``row_tokens`` are the new tokens of the ``running`` rows. ``tokens_per_s`` is that of the
+    run, prompts' time included; the hit rate and the bytes read for each new token are those of the session.
+    """
 
     rows_done: int
     rows_total: int | None
@@ -158,3 +186,6 @@ class BatchProgress:
     row_tokens: int
     tokens_per_s: float | None
     hit_rate: float | None
+    running: int = 0
+    bytes_per_token: float | None = None
+    eta_s: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import psutil
@@ -17,12 +18,18 @@ from offload.model.experts import ExpertRuntime
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over one generation or a session. Seconds are wall time; ``decode_steps`` are forward passes."""
+    """Sums over one generation or a session. Seconds are wall time.
+
+    ``decode_steps`` are tokens that decoding ran, in ``decode_passes`` forward passes. A pass of a batch in which some
+    rows read their prompts counts as prefill, with all its tokens.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefilled_tokens: int = 0
     decode_steps: int = 0
+    decode_passes: int = 0
+    shared_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -44,6 +51,20 @@ class Tally:
     def add(self, other: Tally) -> None:
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    def count_pass(self, seconds: float, tokens: Sequence[int], decode: bool) -> None:
+        """A forward pass over ``tokens`` of each row took ``seconds``."""
+        if decode:
+            self.decode_seconds += seconds
+            self.decode_steps += sum(tokens)
+            self.decode_passes += 1
+        else:
+            self.prefill_seconds += seconds
+            self.prefilled_tokens += sum(tokens)
+
+    def count_shared(self, tokens: int) -> None:
+        """So many tokens of a prompt were copied from another row."""
+        self.shared_tokens += tokens
 
     def since(self, earlier: Tally) -> Tally:
         """What came on top of ``earlier``, a copy of these sums from before."""
@@ -158,6 +179,8 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
             expert_slots=plan.slots,
             residency=plan.residency,
         ),
+        shared_prompt_tokens=tally.shared_tokens,
+        decode_passes=tally.decode_passes,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,15 @@ from offload.model.transformers_api import ExpertsModule, register_experts_funct
 class ForwardPass:
     """What the engine is doing while the experts run: for the trace and for counting prefill and decode apart.
 
-    ``step`` is the position in the request of the pass's first token.
+    ``step`` is the position in the request of the pass's first token. A pass over several rows has ``parts``, in the
+    order of their tokens: request, step, number of tokens and whether they decode; ``decode`` then means that all do.
     """
 
     request: int = 0
     step: int = 0
     forward: int = 0
     decode: bool = False
+    parts: Sequence[tuple[int, int, int, bool]] = ()
 
 
 @dataclass(slots=True)
@@ -244,15 +247,20 @@ class ExpertRuntime:
     def _record(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
         assert self._recorder is not None
         now = self.current
-        self._recorder.record(
-            request=now.request,
-            phase=DECODE if now.decode else PREFILL,
-            step=now.step,
-            forward=now.forward,
-            layer=layer,
-            ids=top_k_index.to("cpu", torch.int16, copy=True).numpy(),
-            weights=top_k_weights.to("cpu", torch.float16, copy=True).numpy(),
-        )
+        ids = top_k_index.to("cpu", torch.int16, copy=True).numpy()
+        weights = top_k_weights.to("cpu", torch.float16, copy=True).numpy()
+        first = 0
+        for request, step, count, decode in now.parts or ((now.request, now.step, len(ids), now.decode),):
+            self._recorder.record(
+                request=request,
+                phase=DECODE if decode else PREFILL,
+                step=step,
+                forward=now.forward,
+                layer=layer,
+                ids=ids[first : first + count],
+                weights=weights[first : first + count],
+            )
+            first += count
 
 
 def _experts_function(
