@@ -7,6 +7,7 @@ threads only :meth:`Engine.cancel` may be called.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,13 +16,25 @@ from types import TracebackType
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from cache.policies import PolicyError, make_policy
+from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
+from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.devices import SlotArena
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RowEvent, RunStats, Token
+from offload.events import (
+    Done,
+    Event,
+    FinishReason,
+    LiveChanges,
+    LoadProgress,
+    Notice,
+    PrefillProgress,
+    RowEvent,
+    RunStats,
+    Token,
+)
 from offload.generation.row_passes import RowPasses
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
@@ -32,7 +45,9 @@ from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
+from offload.model.prefetchers import Prefetcher, make_prefetcher
 from offload.model.prompt import PromptEncoder
+from offload.model.transformers_api import ExpertsModule
 from offload.protocol import Message, PreparedRow, TakeRow
 
 OnEvent = Callable[[LoadProgress | Notice], None]
@@ -51,7 +66,7 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     from offload.opening import open_model
 
     try:
-        make_policy(settings.policy)
+        make_policy(settings.policy, PolicyContext(settings.scope))
     except PolicyError as error:
         raise UsageError(f"--policy: {error}") from error
     return Engine(**open_model(settings, on_event))
@@ -80,6 +95,7 @@ class Engine:
         file: ExpertFile,
         arena: SlotArena,
         recorder: TraceRecorder | None,
+        modules: list[ExpertsModule],
         settings: EngineSettings,
     ) -> None:
         self._model = model
@@ -92,6 +108,7 @@ class Engine:
         self._file = file
         self._arena = arena
         self._recorder = recorder
+        self._modules = modules
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
         self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
@@ -226,6 +243,16 @@ class Engine:
         if self._meter is not None:
             now.add(self._meter.read())
         return now
+
+    def change(self, changes: LiveChanges) -> None:
+        """See :meth:`offload.protocol.LiveEngine.change`."""
+
+        def prefetcher(name: str) -> Prefetcher | None:
+            return make_prefetcher(name, self._model, self._modules)
+
+        self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher)
+        now = self._settings
+        self._labels = dataclasses.replace(self._labels, policy=now.policy, scope=now.scope, prefetch=now.prefetch)
 
     def rss_bytes(self) -> int:
         return rss_bytes()

@@ -6,7 +6,7 @@ one :class:`Done`. Figures that were not measured are ``None``, never 0.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -114,6 +114,7 @@ class RunStats:
     format: str
     dense_format: str
     policy: str
+    scope: str = field(default="global", kw_only=True)
     prefetch: str
     seed: int | None
     prompt_tokens: int
@@ -170,6 +171,21 @@ class RowDone:
 
 
 RowEvent = RowsPass | RowDone
+
+
+@dataclass(frozen=True, slots=True)
+class LiveChanges:
+    """What can be changed while a model is loaded. None leaves a setting as it is.
+
+    ``residency`` is a share of all experts, ``ram`` the process's budget in bytes.
+    """
+
+    policy: str | None = None
+    scope: str | None = None
+    prefetch: str | None = None
+    residency: float | None = None
+    ram: int | None = None
+    miss: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from offload.config import SamplingSettings
-from offload.events import Event, RowEvent, RunStats
+from offload.events import Event, LiveChanges, RowEvent, RunStats
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -87,6 +87,19 @@ class RowEngine(Protocol):
 
         Yields a ``RowsPass`` after each forward pass and one ``RowDone`` for each row that was taken, as it ends.
         ``cancel`` ends all rows in flight with reason "cancelled", and takes no other.
+        """
+        ...
+
+
+class LiveEngine(ChatEngine, Protocol):
+    """What can be changed while a model is loaded."""
+
+    def change(self, changes: LiveChanges) -> None:
+        """Apply ``changes``: at once between two answers, and while one is generated before its next event is yielded or
+        its next token computed. What is resident stays.
+
+        Raises UsageError, with the names that exist, for what does not exist or cannot be changed; nothing is changed
+        then.
         """
         ...
 
