@@ -177,8 +177,7 @@ class _Replay:
             row[_HITS] += len(found.hits)
             row[_PENDING] += len(found.pending)
             row[_MISSES] += len(found.misses)
-        for key in self.unused:
-            counts.steady[key.layer][_WASTED] += 1
+        self._end_prefetches()
 
     def _event(self, row: list[int], layer: int, decode: bool, experts: list[int], tokens: int) -> Lookup:
         """One event with everything that can happen in it; counts all but hits, pending and misses."""
@@ -293,15 +292,24 @@ class _Replay:
         self.guessed = None
 
     def _empty(self) -> None:
+        self._end_prefetches()
+        self.cache.clear()
+
+    def _end_prefetches(self) -> None:
+        """Nobody will use those that are left: what has not begun is dropped, the rest was read for nothing."""
         for key in self.ahead:
-            if self.timeline:
-                self.timeline.finish(key)
-            self.cache.commit(key)
+            if self.timeline and self.timeline.drop(key):
+                del self.unused[key]
+                self.cache.abandon(key)
+                self.counts.steady[key.layer][_DROPPED] += 1
+            else:
+                if self.timeline:
+                    self.timeline.finish(key)
+                self.cache.commit(key)
         self.ahead.clear()
         for key in self.unused:
             self.counts.steady[key.layer][_WASTED] += 1
         self.unused.clear()
-        self.cache.clear()
 
     def _clocks(self) -> tuple[float, float, float, float]:
         lanes = self.timeline
