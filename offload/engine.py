@@ -56,6 +56,8 @@ _SCORED_LOGITS_BYTES = 32 * 2**20
 """Most logits that one forward pass of :meth:`Engine.score` makes. The plan counts those of one position: these live on
 its margin, and on what a pass of fewer tokens leaves of its activations."""
 _SCORED_PIECE_BYTES = 2 * 2**20
+SEED_TOKENS = 8
+"""So many last tokens of a prompt tell the expert cache what decoding is likely to use."""
 
 
 def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
@@ -335,7 +337,8 @@ class Engine:
         for start in range(reused, len(ids), self._prefill_chunk):
             part = ids[start : start + self._prefill_chunk]
             began = time.perf_counter()
-            logits = self._forward(part, decode=False)[-1]
+            recent = range(max(0, len(part) - SEED_TOKENS), len(part)) if start + len(part) == len(ids) else ()
+            logits = self._forward(part, decode=False, recent=recent)[-1]
             tally.count_pass(time.perf_counter() - began, [len(part)], decode=False)
             yield PrefillProgress(start + len(part), len(ids), reused)
         return logits
@@ -403,13 +406,17 @@ class Engine:
             self._meter = None
 
     @torch.inference_mode()
-    def _forward(self, tokens: list[int], *, decode: bool, all_positions: bool = False) -> torch.Tensor:
+    def _forward(
+        self, tokens: list[int], *, decode: bool, all_positions: bool = False, recent: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Run ``tokens`` on top of the KV cache; returns logits [n, V] that end with the last position's.
 
-        ``all_positions``: those of all tokens. On any error the KV cache forgets what this pass added.
+        ``all_positions``: those of all tokens. ``recent``: places of the tokens that say what comes next. On any error the KV cache forgets what this pass added.
         """
         self._forwards += 1
-        self._runtime.current = ForwardPass(self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode)
+        self._runtime.current = ForwardPass(
+            self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode, recent=[(token,) for token in recent]
+        )
         try:
             output = self._model(
                 input_ids=torch.tensor([tokens], device=self._model.device),

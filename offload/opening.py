@@ -116,7 +116,8 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     most_experts = max(module.num_experts for module in modules)
     context = PolicyContext(settings.scope, settings.seed or 0, layers=len(modules), experts=most_experts)
     policy = make_policy(settings.policy, context)
-    cache = ExpertCache(plan.slots, policy, numbers if settings.scope == "layer" else None)
+    fill = -(-plan.slots // len(modules))
+    cache = ExpertCache(plan.slots, policy, numbers if settings.scope == "layer" else None, fill)
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:

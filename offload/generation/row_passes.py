@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -65,7 +66,10 @@ class RowPasses:
     def _pass(self, segments: list[Segment], parts: list[PassPart]) -> torch.Tensor:
         decode = all(part.decode for part in parts)
         of_rows = [(self._first + part.row, part.start, part.count, part.decode) for part in parts]
-        self._runtime.current = ForwardPass(*of_rows[0][:2], self.forwards, decode, of_rows)
+        ends = accumulate(part.count for part in parts)
+        choosing = [end - 1 for end, part in zip(ends, parts, strict=True) if part.ends]
+        recent = [choosing] if choosing else []
+        self._runtime.current = ForwardPass(*of_rows[0][:2], self.forwards, decode, of_rows, recent)
         self.forwards += 1
         began = time.perf_counter()
         logits = self._attention.run(segments)

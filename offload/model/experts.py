@@ -30,6 +30,8 @@ class ForwardPass:
 
     ``step`` is the position in the request of the pass's first token. A pass over several rows has ``parts``, in the
     order of their tokens: request, step, number of tokens and whether they decode; ``decode`` then means that all do.
+    ``recent`` are groups of the pass's tokens, by their place in it: what they use tells the expert cache what will be
+    used next. It matters where a pass has several tokens.
     """
 
     request: int = 0
@@ -37,6 +39,7 @@ class ForwardPass:
     forward: int = 0
     decode: bool = False
     parts: Sequence[tuple[int, int, int, bool]] = ()
+    recent: Sequence[Sequence[int]] = ()
 
 
 @dataclass(slots=True)
@@ -107,8 +110,13 @@ class ExpertRuntime:
             self._record(layer, top_k_index, top_k_weights)
         event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
         self._take_arrivals()
-        experts = by_rank(top_k_index.tolist(), module.num_experts)  # as a replay of the trace will have them
-        found = self.cache.lookup(layer, experts, decode=self.current.decode)
+        chosen = top_k_index.tolist()
+        experts = by_rank(chosen, module.num_experts)  # as a replay of the trace will have them
+        recent = None
+        if len(chosen) > 1:
+            groups = ([chosen[token] for token in group] for group in self.current.recent)
+            recent = [by_rank(group, module.num_experts) for group in groups]
+        found = self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent)
         self._sort_prefetches(layer, found)
         if self.predictor is not None:
             self.predictor.record_event(layer, experts, decode=self.current.decode)
