@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -109,7 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     pack = _add_command(commands, "pack", _pack, "write a model's experts to an expert file", ("model", "format"))
     pack.add_argument("-o", "--output", metavar="DIR", help="the pack's own folder (default: one in the packs folder)")
 
-    bench = _add_command(commands, "bench", _bench, "measure speed and quality", ("model", "format", "memory", "run"))
+    bench = _add_command(
+        commands, "bench", _bench, "measure speed and quality", ("model", "format", "memory", "run", "batch")
+    )
     _add_flags(bench, "sampling", BENCH_SAMPLING_FLAGS)
     add_bench_flags(bench)
 
@@ -297,7 +300,8 @@ def _bench(arguments: argparse.Namespace, values: FlagValues) -> int:
 
     def read(parsed: argparse.Namespace, found: FlagValues) -> tuple[BenchRequest, EngineSettings, SamplingSettings]:
         given = {name: getattr(parsed, name) for name in BenchRequest.field_names()}
-        return BenchRequest(**given | {"compare": tuple(parsed.compare or ())}), found.engine(), found.sampling()
+        asked = BenchRequest(**given | {"compare": tuple(parsed.compare or ())})
+        return asked, replace(found.engine(), row_tokens=asked.workload.total), found.sampling()
 
     def read_command_line(flags: list[str]) -> tuple[BenchRequest, EngineSettings]:
         parsed = build_parser().parse_args(["bench", *flags])

@@ -61,7 +61,7 @@ class CacheCounters:
     failed_loads: int = 0
 
 
-_MOST_PASSING = 16
+_MOST_PASSING = 8
 """Slots at the cold end: enough to read some records while others are computed."""
 
 
@@ -371,7 +371,7 @@ class ExpertCache:
                 grow -= 1
                 filled.append(key)
                 self._passing[key] = None
-            elif grow > 0 and (more := self._coldest_outside({*blocked, *victims})):
+            elif grow > 0 and (more := self._coldest_outside({*blocked, *idle, *victims})):
                 grow -= 1
                 victims.append(more)
                 passing.append(key)
@@ -380,7 +380,8 @@ class ExpertCache:
                 passing.append(key)
             else:
                 break
-        if not victims and not filled and not self._loading:
+        stuck = not self._loading and not any(key in self._needed for key in self._passing)
+        if not victims and not filled and stuck:
             victims = self._victims_among(1, None)
             staying = list(keys[: len(victims)])
         order = sorted((*staying, *passing), key=keys.index)  # that of their victims

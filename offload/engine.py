@@ -41,6 +41,7 @@ from offload.generation.text import Detokenizer, StopStrings
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
+from offload.memory.work import Work
 from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
@@ -48,6 +49,7 @@ from offload.model.kv_cache import KVState
 from offload.model.prefetchers import Prefetcher, make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.transformers_api import ExpertsModule
+from offload.model.work import model_work
 from offload.protocol import Message, PreparedRow, TakeRow
 
 OnEvent = Callable[[LoadProgress | Notice], None]
@@ -160,6 +162,12 @@ class Engine:
         self._seed = sampler.seed
         self._runtime.cancelled.clear()
         return self._generate(ids, sampler, sampling)
+
+    def work(self) -> Work:
+        """See :meth:`offload.protocol.BenchEngine.work`."""
+        return model_work(
+            self._model, self._plan.sizes, len(self._modules), self._labels.format, self._labels.dense_format
+        )
 
     @property
     def rows_at_once(self) -> int:

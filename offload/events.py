@@ -71,9 +71,14 @@ class ExpertStats:
 
 @dataclass(frozen=True, slots=True)
 class ByteStats:
+    """``needed`` are the bytes of the distinct records that forward passes took and that were not held when the pass
+    began: what had to be read.
+    """
+
     disk_read: int
     host_to_device: int | None
     per_decode_token: float | None
+    needed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,7 @@ class RunStats:
 
     ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
     first token. ``shared_prompt_tokens`` of the ``prompt_tokens`` were copied from another row of a batch;
-    ``decode_passes`` are the forward passes in which rows only decoded.
+    ``decode_passes`` are the forward passes in which rows only decoded; the ``prefill_passes`` ran ``prefilled_tokens``.
     """
 
     model: str
@@ -129,6 +134,8 @@ class RunStats:
     memory: MemoryStats
     shared_prompt_tokens: int = 0
     decode_passes: int = 0
+    prefill_passes: int = 0
+    prefilled_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``--stats-json`` writes."""

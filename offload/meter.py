@@ -30,6 +30,8 @@ class Tally:
     prefilled_tokens: int = 0
     decode_steps: int = 0
     decode_passes: int = 0
+    prefill_passes: int = 0
+    needed_bytes: int = 0
     shared_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -62,6 +64,7 @@ class Tally:
         else:
             self.prefill_seconds += seconds
             self.prefilled_tokens += sum(tokens)
+            self.prefill_passes += 1
 
     def count_shared(self, tokens: int) -> None:
         """So many tokens of a prompt were copied from another row."""
@@ -110,6 +113,7 @@ class Meter:
             "disk_seconds": self._lane.busy_seconds(),
             "prefill_bytes": transfers.prefill_bytes,
             "decode_bytes": transfers.decode_bytes,
+            "needed_bytes": transfers.needed_bytes,
             "prefetched": transfers.prefetched,
             "prefetch_used": transfers.prefetch_used,
             "events": transfers.events,
@@ -166,6 +170,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
             disk_read=tally.prefill_bytes + tally.decode_bytes,
             host_to_device=None,
             per_decode_token=_ratio(tally.decode_bytes, tally.decode_steps),
+            needed=tally.needed_bytes,
         ),
         seconds=SecondStats(
             compute=tally.total_seconds - tally.stall_seconds,
@@ -184,6 +189,8 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
         ),
         shared_prompt_tokens=tally.shared_tokens,
         decode_passes=tally.decode_passes,
+        prefill_passes=tally.prefill_passes,
+        prefilled_tokens=tally.prefilled_tokens,
     )
 
 

@@ -42,6 +42,7 @@ from offload.model.kv_cache import kv_row_memory, new_kv_cache
 from offload.model.packed import can_pack
 from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
+from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
 
@@ -187,7 +188,7 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
     release_free_memory()
     now = process_memory()
     available = available_memory()
-    row_tokens = min(context, settings.row_tokens or context)
+    row_tokens = min(context, whole_blocks_of(settings.row_tokens or context))
 
     def plan(rows: int) -> Plan:
         held = max(sizes.row_memory.bytes(context), rows * sizes.row_memory.bytes(row_tokens))

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from offload.config import SamplingSettings
 from offload.events import Event, LiveChanges, RowEvent, RunStats
+from offload.memory.work import Work
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -113,6 +114,10 @@ class BenchEngine(ChatEngine, Protocol):
         Raises (before the first event): ``ContextError`` if the ids do not fit, ``UsageError`` if there are none or one
         is not in the vocabulary.
         """
+        ...
+
+    def work(self) -> Work:
+        """What a forward pass of this model has to do."""
         ...
 
     def ordinary_ids(self) -> list[int]:

@@ -44,11 +44,13 @@ class ForwardPass:
 
 @dataclass(slots=True)
 class TransferCounters:
-    """Sums since the start: bytes read from disk, the seconds that compute waited for them, loads on a prediction and
+    """Sums since the start: bytes read from disk, those of records that passes took and that were not held when the pass
+    began, the seconds that compute waited for them, loads on a prediction and
     those of them that an event used, events, and the calls that computed their experts."""
 
     prefill_bytes: int = 0
     decode_bytes: int = 0
+    needed_bytes: int = 0
     stall_seconds: float = 0.0
     prefetched: int = 0
     prefetch_used: int = 0
@@ -88,6 +90,8 @@ class ExpertRuntime:
         self._ahead: dict[ExpertKey, Ticket] = {}  # prefetches under way
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
         self._tickets: dict[ExpertKey, Ticket] = {}
+        self._pass: ForwardPass | None = None  # the one that the last event belonged to
+        self._held: set[ExpertKey] = set()  # when it began
         self._views: dict[tuple[int, int], Weights] = {}  # (slot, record layout) -> weights
 
     def attach(self, modules: list[ExpertsModule]) -> None:
@@ -116,7 +120,12 @@ class ExpertRuntime:
         if len(chosen) > 1:
             groups = ([chosen[token] for token in group] for group in self.current.recent)
             recent = [by_rank(group, module.num_experts) for group in groups]
+        if self.current is not self._pass:
+            self._pass, self._held = self.current, self.cache.resident()
         found = self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent)
+        absent = sum(ExpertKey(layer, expert) not in self._held for expert in experts)
+        if absent:
+            self.transfers.needed_bytes += absent * self._file.layout(layer).record_bytes
         self._sort_prefetches(layer, found)
         if self.predictor is not None:
             self.predictor.record_event(layer, experts, decode=self.current.decode)

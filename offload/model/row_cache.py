@@ -69,5 +69,9 @@ class RowCaches:
         return self._memory.bytes(self._capacity(tokens))
 
     def _capacity(self, tokens: int) -> int:
-        """Whole blocks, which attention may look at."""
-        return min(-(-tokens // KEY_BLOCK) * KEY_BLOCK, self._context)
+        return min(whole_blocks_of(tokens), self._context)
+
+
+def whole_blocks_of(tokens: int) -> int:
+    """What a row of ``tokens`` gets room for: attention may look at whole blocks of keys."""
+    return -(-tokens // KEY_BLOCK) * KEY_BLOCK

@@ -59,7 +59,7 @@ def test_a_pass_over_everything_finds_what_fits(policy: str, residency: float) -
     for _ in range(3):
         hits, loads = run_pass(cache, recent=False)
         # all but the few slots at the cold end are found where they were; each other record is read once
-        assert hits >= cache.slots - 16
+        assert hits >= cache.slots - 8
         assert hits + loads == LAYERS * EXPERTS
     plain = ExpertCache(cache.slots, make_policy(policy))
     for _ in range(4):
@@ -81,12 +81,13 @@ def test_a_long_prompt_does_not_flush_the_cache(policy: str) -> None:
     cache, plain = new_cache(96, policy), ExpertCache(96, make_policy(policy))
     for each in (cache, plain):
         decode(each, 40)
-    for layer in range(LAYERS):
-        serve(cache, layer, range(EXPERTS), [])
-        serve(plain, layer, range(EXPERTS))
+    for _ in range(40):  # chunks
+        for layer in range(LAYERS):
+            serve(cache, layer, range(EXPERTS), [])
+            serve(plain, layer, range(EXPERTS))
     after, flushed = decode(cache, 1), decode(plain, 1)
     assert after > 0.8
-    assert after > flushed + (0.1 if policy == "lfu" else 0.2)
+    assert after >= flushed + (0.5 if policy == "lru" else 0)  # counts of uses hold out by themselves
 
 
 def test_the_last_tokens_decide_what_stays() -> None:
@@ -124,7 +125,9 @@ def test_any_mix_of_events_is_served(data: st.DataObject, policy: str, slots: in
     cache = ExpertCache(slots, make_policy(policy), fill=-(-slots // layers))
     for _ in range(data.draw(st.integers(1, 12))):
         experts = data.draw(st.lists(st.integers(0, 15), min_size=1, max_size=16, unique=True))
-        recent = data.draw(st.none() | st.lists(st.lists(st.sampled_from(experts), unique=True, min_size=1), max_size=2))
+        recent = data.draw(
+            st.none() | st.lists(st.lists(st.sampled_from(experts), unique=True, min_size=1), max_size=2)
+        )
         hits, loads = serve(cache, data.draw(st.integers(0, layers - 1)), experts, recent)
         assert hits + loads == len(experts), "each record is read once at most"
         assert len(cache.resident()) <= slots
