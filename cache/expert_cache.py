@@ -84,10 +84,10 @@ class ExpertCache:
     keys. A layer below its share gets a free slot, or else one of the layer that is furthest above its own: after a
     change of scope, or where there are fewer slots than layers and an event needs one all the same.
 
-    A forward pass of many tokens (a prompt, the rows of a batch) may need most records of every layer, one layer after the
-    other. Admitted like any others, each layer's would push out what the next layers are about to use, and the pass would
-    find nothing. So its events stream (``recent`` of :meth:`lookup`): beyond ``fill`` slots for each layer, while there
-    are free ones, records go through a few slots at the cold end, which any later event takes first. Only what the most
+    A forward pass of many tokens (a prompt, the rows of a batch) may need most records of every layer, one layer after
+    the other. Admitted like any others, each layer's would push out what the next layers are about to use, and the pass
+    would find nothing. So its events stream (``recent`` of :meth:`lookup`): beyond ``fill`` slots for each layer, while
+    there are free ones, records go through a few slots at the cold end, which any later event takes first. Only what the most
     recent tokens use stays, in place of records of the same layer that the pass does not need.
     """
 
@@ -141,7 +141,8 @@ class ExpertCache:
         return [(key, SlotState.LOADING if key in loading else SlotState.READY) for key in keys if key is not None]
 
     def change_policy(self, policy: Policy, layers: Iterable[int] | None = None) -> None:
-        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents stay.
+        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents
+        stay.
 
         The policy is told of them as if they had just been admitted, the coldest of the old policy first. Raises
         RuntimeError if an event is open.
@@ -163,8 +164,8 @@ class ExpertCache:
     ) -> Lookup:
         """Open an event: classify all of its experts at once, count them and tell the policy.
 
-        With ``recent`` the event streams, and the policy is told of these groups of its experts alone, one after the other:
-        those of the last tokens of a prompt, say.
+        With ``recent`` the event streams, and the policy is told of these groups of its experts alone, one after the
+        other: those of the last tokens of a prompt, say.
 
         Raises RuntimeError if the event before was not ended.
         """
@@ -271,7 +272,7 @@ class ExpertCache:
         self._recent = None
 
     def clear(self) -> None:
-        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError if one is in use."""
+        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError within one."""
         if self._event or self._loading:
             raise RuntimeError("clear: an event is open or a record is loading")
         for key in list(self._slot):

@@ -11,11 +11,14 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from cache.cache_log import LoggedCache
 from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
 from offload.changes import apply_changes
@@ -36,7 +39,7 @@ from offload.events import (
     Token,
 )
 from offload.generation.row_passes import RowPasses
-from offload.generation.sampling import Sampler
+from offload.generation.sampling import Sampler, stop_ids
 from offload.generation.text import Detokenizer, StopStrings
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Plan
@@ -90,6 +93,7 @@ class Engine:
         self,
         *,
         model: PreTrainedModel,
+        decoding: AbstractContextManager[None],
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
         plan: Plan,
@@ -103,6 +107,7 @@ class Engine:
         settings: EngineSettings,
     ) -> None:
         self._model = model
+        self._decoding = decoding
         self._encoder = encoder
         self._defaults = generation_config
         self._plan = plan
@@ -123,7 +128,7 @@ class Engine:
         self._seed: int | None = None
         self._requests = self._forwards = 0
         self._closed = False
-        self._stop_ids = _stop_ids(generation_config, encoder.eos_id)
+        self._stop_ids = stop_ids(generation_config, encoder.eos_id)
         accepted = inspect.signature(model.forward).parameters
         self._forward_options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._vocabulary: int = model.config.get_text_config().vocab_size
@@ -165,13 +170,10 @@ class Engine:
 
     def work(self) -> Work:
         """See :meth:`offload.protocol.BenchEngine.work`."""
-        return model_work(
-            self._model, self._plan.sizes, len(self._modules), self._labels.format, self._labels.dense_format
-        )
+        return model_work(self._model, self._plan.sizes, len(self._modules), self._labels)
 
     @property
     def rows_at_once(self) -> int:
-        """See :attr:`offload.protocol.RowEngine.rows_at_once`."""
         return self._plan.sizes.rows
 
     def prepare(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> PreparedRow:
@@ -276,13 +278,17 @@ class Engine:
         self._lane.close()
         self._file.close()
         self._arena.close()
-        if self._recorder is not None and self._settings.trace_out is not None:
-            try:
-                self._recorder.save(self._settings.trace_out)
-            except OSError as error:
-                raise RunLocalError(
-                    f"--trace-out: {self._settings.trace_out} cannot be written ({error.strerror or error})"
-                ) from error
+        cache = self._runtime.cache
+        outputs: list[tuple[str, Path | None, Callable[[Path], None] | None]] = [
+            ("--trace-out", self._settings.trace_out, self._recorder.save if self._recorder is not None else None),
+            ("--cache-log", self._settings.cache_log, cache.save if isinstance(cache, LoggedCache) else None),
+        ]
+        for flag, path, save in outputs:
+            if path is not None and save is not None:
+                try:
+                    save(path)
+                except OSError as error:
+                    raise RunLocalError(f"{flag}: {path} cannot be written ({error.strerror or error})") from error
 
     def __enter__(self) -> Engine:
         return self
@@ -310,7 +316,8 @@ class Engine:
             while len(tokens) < limit:
                 if self._runtime.cancelled.is_set():
                     raise Cancelled
-                token = sampler(tokens, logits)
+                with self._decoding:
+                    token = sampler(tokens, logits)
                 tokens.append(token)
                 tally.new_tokens += 1
                 if tally.new_tokens == 1:
@@ -353,7 +360,8 @@ class Engine:
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         began = time.perf_counter()
-        logits = self._forward([token], decode=True)[-1]
+        with self._decoding:
+            logits = self._forward([token], decode=True)[-1]
         tally.count_pass(time.perf_counter() - began, [1], decode=True)
         return logits
 
@@ -419,7 +427,8 @@ class Engine:
     ) -> torch.Tensor:
         """Run ``tokens`` on top of the KV cache; returns logits [n, V] that end with the last position's.
 
-        ``all_positions``: those of all tokens. ``recent``: places of the tokens that say what comes next. On any error the KV cache forgets what this pass added.
+        ``all_positions``: those of all tokens. ``recent``: places of the tokens that say what comes next. On any error
+        the KV cache forgets what this pass added.
         """
         self._forwards += 1
         self._runtime.current = ForwardPass(
@@ -438,11 +447,3 @@ class Engine:
         self._kv.tokens += tokens
         logits: torch.Tensor = output.logits[0]
         return logits
-
-
-def _stop_ids(config: GenerationConfig, tokenizer_eos: int | None) -> frozenset[int]:
-    ids = config.eos_token_id
-    found = {ids} if isinstance(ids, int) else set(ids or ())
-    if not found and tokenizer_eos is not None:
-        found = {tokenizer_eos}
-    return frozenset(found)

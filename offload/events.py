@@ -111,7 +111,7 @@ class RunStats:
 
     ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
     first token. ``shared_prompt_tokens`` of the ``prompt_tokens`` were copied from another row of a batch;
-    ``decode_passes`` are the forward passes in which rows only decoded; the ``prefill_passes`` ran ``prefilled_tokens``.
+    ``decode_passes`` are the forward passes in which rows only decoded; ``prefill_passes`` ran ``prefilled_tokens``.
     """
 
     model: str

@@ -7,23 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
+from cache.cache_log import CacheSetup, LoggedCache
 from cache.expert_cache import ExpertCache
-from cache.policies import PolicyContext, make_policy
 from cache.trace import TraceRecorder
 from offload.checkpoint.dense_file import ensure_dense
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.hub import ResolvedModel
 from offload.checkpoint.library import OnEvent, ensure_pack
+from offload.checkpoint.model_folder import side_folder
+from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import crossover
 from offload.compute.calibration import load as load_calibration
 from offload.compute.choose import expert_compute
+from offload.compute.decoded import decode_bytes
 from offload.compute.kernels import load_kernels
+from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.product import DECODE_BYTES, Products
+from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import get_device
@@ -39,6 +45,7 @@ from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_row_memory, new_kv_cache
+from offload.model.norms import fuse_norms
 from offload.model.packed import can_pack
 from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
@@ -59,6 +66,7 @@ def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
+    _say_quantised(settings, resolved.name, source, on_event)
     return _plan(settings, resolved, source)
 
 
@@ -74,6 +82,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         )
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
+    _say_quantised(settings, resolved.name, source, on_event)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
     plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
@@ -86,7 +95,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
                 "the cache has something to do (--residency 1 holds all)"
             )
         )
-    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME:
+    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME and source.method is None:
         on_event(
             Notice(
                 f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
@@ -106,7 +115,9 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
         model = load_skeleton(source, device.torch_device, on_event, dense, products)
         if _quantised(settings):
-            use_grouped_attention(model)
+            use_grouped_attention(model, products.kernels)
+            if products.kernels is not None:
+                fuse_norms(model, products.kernels)
         release_free_memory()
         arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
         undo.callback(arena.close)
@@ -115,10 +126,11 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     lane = DiskLane(file, settings.read_workers)
     numbers = [module.layer for module in modules]
     most_experts = max(module.num_experts for module in modules)
-    context = PolicyContext(settings.scope, settings.seed or 0, layers=len(modules), experts=most_experts)
-    policy = make_policy(settings.policy, context)
-    fill = -(-plan.slots // len(modules))
-    cache = ExpertCache(plan.slots, policy, numbers if settings.scope == "layer" else None, fill)
+    setup = CacheSetup(settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0)
+    if settings.cache_log is not None:
+        cache: ExpertCache = LoggedCache(setup)
+    else:
+        cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers(), setup.fill)
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:
@@ -126,11 +138,16 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         recorder = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0))
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules)
-    compute = expert_compute(weight_format, products)
+    compute = expert_compute(weight_format, products, _decoders(settings, source, on_event))
     runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
+    decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
+        products.kernels.threads = torch.get_num_threads()
+        decoding = OneThread()
     return {
         "model": model,
+        "decoding": decoding,
         "encoder": encoder,
         "generation_config": generation_config,
         "plan": plan,
@@ -154,6 +171,18 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     }
 
 
+def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource, on_event: OnEvent) -> None:
+    """What becomes of the weights of a quantised checkpoint."""
+    if source.method is None:
+        return
+    experts = "stay as published" if settings.format == "native" else f"are packed as {settings.format}"
+    dtype = str(source.dtype).removeprefix("torch.")
+    rest = f"the other weights are held in {dtype} (--dense-format int8 makes them smaller)"
+    if settings.dense_format != "native":
+        rest = f"the other matrices are held in {settings.dense_format}"
+    on_event(Notice(f"{name} is quantised ({source.method.name}): its experts {experts}, {rest}"))
+
+
 def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
     """What multiplies quantised weights; compiles the kernels if this machine has none yet."""
     if settings.kernels == "torch" or not _quantised(settings):
@@ -164,6 +193,17 @@ def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
 
     kernels = load_kernels(failed)
     return Products(kernels, crossover(kernels, on_event))
+
+
+def _decoders(settings: EngineSettings, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
+    """What decodes packed weights; compiled if this machine has none yet."""
+    if settings.kernels == "torch" or source.method is None or settings.format != "native":
+        return None
+
+    def failed(why: str) -> None:
+        on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
+
+    return load_decoders(failed)
 
 
 def _quantised(settings: EngineSettings) -> bool:
@@ -178,9 +218,7 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
         skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
         kv_bytes=0,
         activation_bytes=0,
-        slot_bytes=max(
-            weight_format.layout(module.tensors, module.transposed).record_bytes for module in source.experts
-        ),
+        slot_bytes=max(record_layout(source, module, weight_format).record_bytes for module in source.experts),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
         row_memory=kv_row_memory(source.model, context),
@@ -242,7 +280,13 @@ def _activations(
     size = activation_bytes(source.config, itemsize, context, chunk, attends_eagerly(source.model))
     if _quantised(settings):
         size += DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk)
+    if source.method and get_format(settings.format).published:
+        size += decode_bytes(_expert_shapes(source), itemsize)
     return size + (row_bytes(source.config, itemsize, context, rows, kv_bytes) if rows > 1 else 0)
+
+
+def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:
+    return [shape for module in source.experts for shape, _ in module.tensors.values()]
 
 
 def _demo_residency(settings: EngineSettings) -> bool:
@@ -261,11 +305,11 @@ def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:
 
 def _generation_config(folder: Path, source: CheckpointSource) -> GenerationConfig:
     """The checkpoint's own defaults. Raises ModelError if they cannot be read."""
-    path = folder / "generation_config.json"
+    path = side_folder(folder) / "generation_config.json"
     if not path.exists():
         return GenerationConfig.from_model_config(source.model.config)
     try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be used ({reason}); mend it, or remove it to do without") from error

@@ -12,8 +12,8 @@ _BITS = {"int8": 8.25, "int4": 4.5, "int4-g32": 5.0, "int4-g128": 4.25, "mixed":
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one forward pass has to do. ``skeleton_bytes`` are multiplied in every pass, ``record_bytes`` for every expert
-    that it takes; ``token_flops`` is what each token costs.
+    """What one forward pass has to do. ``skeleton_bytes`` are multiplied in every pass, ``record_bytes`` for every
+    expert that it takes; ``token_flops`` is what each token costs.
     """
 
     skeleton_bytes: int
@@ -48,8 +48,8 @@ def bits_per_weight(name: str, itemsize: int) -> float:
 
 
 def bound(work: Work, rates: Rates, *, needed_bytes: int, passes: int, accesses: int, tokens: int) -> Bound:
-    """Of ``passes`` forward passes over ``tokens`` tokens together, that took ``accesses`` distinct experts in all their
-    events and needed ``needed_bytes`` of records that were not held.
+    """Of ``passes`` forward passes over ``tokens`` tokens together, that took ``accesses`` distinct experts in all
+    their events and needed ``needed_bytes`` of records that were not held.
     """
     streamed = (passes * work.skeleton_bytes + accesses * work.record_bytes) / rates.weights
     return Bound(needed_bytes / rates.disk, max(streamed, tokens * work.token_flops / rates.flops))

@@ -44,8 +44,8 @@ class ForwardPass:
 
 @dataclass(slots=True)
 class TransferCounters:
-    """Sums since the start: bytes read from disk, those of records that passes took and that were not held when the pass
-    began, the seconds that compute waited for them, loads on a prediction and
+    """Sums since the start: bytes read from disk, those of records that passes took and that were not held when the
+    pass began, the seconds that compute waited for them, loads on a prediction and
     those of them that an event used, events, and the calls that computed their experts."""
 
     prefill_bytes: int = 0
@@ -179,8 +179,8 @@ class ExpertRuntime:
     def _compute_ready(self, event: EventCompute, ready: list[ExpertKey], misses: list[ExpertKey]) -> list[ExpertKey]:
         """Compute and release ``ready``; starts loads of ``misses``, taken off the queue, in slots that come free.
 
-        One slot at a time, so that the victims do not depend on how many are ready together. Without ``ready`` it starts
-        what can be started now.
+        One slot at a time, so that the victims do not depend on how many are ready together. Without ``ready`` it
+        starts what can be started now.
         """
         if ready:
             event.compute(ready)
