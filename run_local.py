@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,7 +17,18 @@ from offload.errors import RunLocalError, UsageError
 from tui.bench import BENCH_SAMPLING_FLAGS, add_bench_flags, given_flags, read_text
 from tui.config_file import kept_flags
 from tui.failures import EXIT_CODES, ExitCode, run_guarded
-from tui.flags import FORMAT_FLAGS, MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, Flag, FlagValues, read_flags
+from tui.flags import (
+    BATCH_FLAGS,
+    FORMAT_FLAGS,
+    MEMORY_FLAGS,
+    MODEL_FLAGS,
+    RUN_FLAGS,
+    SAMPLING_FLAGS,
+    Flag,
+    FlagValues,
+    read_flags,
+    whole,
+)
 from tui.laboratory_flags import add_trace_commands, add_tune_flags
 from tui.libraries import hub_is_offline, prepare_libraries
 from tui.outputs import check_outputs
@@ -40,6 +52,7 @@ _FLAG_GROUPS = {
     "memory": MEMORY_FLAGS,
     "run": RUN_FLAGS,
     "sampling": SAMPLING_FLAGS,
+    "batch": BATCH_FLAGS,
 }
 
 
@@ -83,13 +96,17 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--plain", action="store_true", help="the plain console: so far the only front end there is")
 
     batch = _add_command(
-        commands, "batch", _batch, "answer a file of prompts", ("model", "format", "memory", "run", "sampling")
+        commands, "batch", _batch, "answer a file of prompts", ("model", "format", "memory", "run", "sampling", "batch")
     )
-    batch.add_argument("input", metavar="IN.jsonl", help="rows {id, prompt} or {id, messages}; - is standard input")
+    batch.add_argument(
+        "input", metavar="IN.jsonl", help="rows {id, prompt} or {id, messages}, maybe gzip; - is standard input"
+    )
     batch.add_argument(
         "-o", "--output", required=True, metavar="OUT.jsonl", help="new file for the answers; - is standard output"
     )
     batch.add_argument("--resume", action="store_true", help="go on with OUT.jsonl: skip the rows that it has")
+    batch.add_argument("--ordered", action="store_true", help="write the answers in the order of the input")
+    batch.add_argument("--max-errors", metavar="N", help="begin no more rows after N with an error (default: go on)")
 
     plan = _add_command(commands, "plan", _plan, "show what memory a model would take", ("model", "format", "memory"))
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -97,7 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     pack = _add_command(commands, "pack", _pack, "write a model's experts to an expert file", ("model", "format"))
     pack.add_argument("-o", "--output", metavar="DIR", help="the pack's own folder (default: one in the packs folder)")
 
-    bench = _add_command(commands, "bench", _bench, "measure speed and quality", ("model", "format", "memory", "run"))
+    bench = _add_command(
+        commands, "bench", _bench, "measure speed and quality", ("model", "format", "memory", "run", "batch")
+    )
     _add_flags(bench, "sampling", BENCH_SAMPLING_FLAGS)
     add_bench_flags(bench)
 
@@ -215,50 +234,53 @@ def _question(given: str | None) -> str | None:
 
 
 def _batch(arguments: argparse.Namespace, values: FlagValues) -> int:
-    from offload.generation.batch import run_batch
-    from offload.generation.batch_files import BatchInput, batch_settings, choose_seed, open_sink
-    from tui.interrupts import CancelOnInterrupt
+    from offload.generation.batch_job import open_job
+    from offload.generation.batch_run import run_batch
+    from tui.interrupts import FinishOnInterrupt
     from tui.progress import BatchReporter
     from tui.screen import Screen
 
     settings, sampling = values.engine(), values.sampling()
+    most_errors = None if arguments.max_errors is None else whole(arguments.max_errors, "--max-errors")
     check_outputs(values)
-    source = BatchInput.open(arguments.input)
-    path = None if arguments.output == "-" else Path(arguments.output)
-    seed = choose_seed(sampling.seed, path if arguments.resume else None)
-    total = source.rows()
+    job = open_job(arguments.input, arguments.output, sampling, arguments.resume, arguments.ordered, most_errors)
+    settings = job.engine_settings(settings, values.given.get("batch_size"))
     screen = Screen()
     try:
-        with open_sink(path, arguments.resume, batch_settings(settings, sampling, seed), source) as sink:
-            if total == sink.done.total():
+        with job.open_sink(settings) as sink:
+            if job.total == sink.done.total():
                 sink.finish()
-                screen.note(f"nothing to do: all {total} rows are done" if total else "nothing to do: no rows")
+                screen.note(f"nothing to do: all {job.total} rows are done" if job.total else "nothing to do: no rows")
                 return ExitCode.DONE
+            further: dict[str, object] = {}
             with (
-                _open_engine(settings, values, screen) as engine,
-                BatchReporter(screen, answers_on_stdout=path is None) as report,
-                CancelOnInterrupt(engine) as interrupts,
+                _open_engine(settings, values, screen, further) as engine,
+                BatchReporter(screen, answers_on_stdout=job.path is None) as report,
+                FinishOnInterrupt(engine, screen.note) as interrupts,
             ):
                 summary = run_batch(
                     engine,
-                    source.lines(),
+                    job.source.lines(),
                     sink,
                     sampling,
-                    seed,
+                    job.seed,
+                    options=job.options,
                     done_before=sink.done,
-                    rows_total=total,
+                    rows_total=job.total,
                     on_progress=report,
                     should_stop=lambda: interrupts.interrupted,
+                    should_cancel=lambda: interrupts.cancelled,
                 )
+                further["batch"] = summary.to_json()
             screen.note(summary.describe())
             if summary.interrupted:
                 raise KeyboardInterrupt
             sink.finish()
     except KeyboardInterrupt:
-        if path is not None and not source.stream:
+        if job.can_resume:
             screen.note("go on with the same command and --resume")
         raise
-    return ExitCode.FAILED if summary.written and summary.errors == summary.written else ExitCode.DONE
+    return ExitCode.FAILED if summary.failed else ExitCode.DONE
 
 
 def _plan(arguments: argparse.Namespace, values: FlagValues) -> int:
@@ -313,7 +335,8 @@ def _bench(arguments: argparse.Namespace, values: FlagValues) -> int:
 
     def read(parsed: argparse.Namespace, found: FlagValues) -> tuple[BenchRequest, EngineSettings, SamplingSettings]:
         given = {name: getattr(parsed, name) for name in BenchRequest.field_names()}
-        return BenchRequest(**given | {"compare": tuple(parsed.compare or ())}), found.engine(), found.sampling()
+        asked = BenchRequest(**given | {"compare": tuple(parsed.compare or ())})
+        return asked, replace(found.engine(), row_tokens=asked.workload.total), found.sampling()
 
     def read_command_line(flags: list[str]) -> tuple[BenchRequest, EngineSettings]:
         parsed = build_parser().parse_args(["bench", *flags])
@@ -400,8 +423,12 @@ def _config(arguments: argparse.Namespace, values: FlagValues) -> int:
 
 
 @contextmanager
-def _open_engine(settings: EngineSettings, values: FlagValues, screen: Screen) -> Iterator[ChatEngine]:
-    """The engine of ``chat`` and ``batch``; writes ``--stats-json`` at the end, after Ctrl-C or an error too."""
+def _open_engine(
+    settings: EngineSettings, values: FlagValues, screen: Screen, further: Mapping[str, object] | None = None
+) -> Iterator[ChatEngine]:
+    """The engine of ``chat`` and ``batch``; writes ``--stats-json`` at the end, after Ctrl-C or an error too, with what
+    ``further`` holds then.
+    """
     prepare_libraries(settings.offline)
 
     from tui.progress import LoadReporter
@@ -414,13 +441,13 @@ def _open_engine(settings: EngineSettings, values: FlagValues, screen: Screen) -
         try:
             yield engine
         finally:
-            _write_stats(engine, values.given.get("stats_json"))
+            _write_stats(engine, values.given.get("stats_json"), further or {})
 
 
-def _write_stats(engine: ChatEngine, path: Path | None) -> None:
+def _write_stats(engine: ChatEngine, path: Path | None, further: Mapping[str, object]) -> None:
     if path is None:
         return
-    text = json.dumps(engine.stats().to_json(), ensure_ascii=False, indent=2) + "\n"
+    text = json.dumps({**engine.stats().to_json(), **further}, ensure_ascii=False, indent=2) + "\n"
     try:
         path.write_text(text, "utf-8")
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import crossover
+from offload.compute.calibration import load as load_calibration
 from offload.compute.choose import expert_compute
 from offload.compute.decoded import decode_bytes
 from offload.compute.kernels import load_kernels
@@ -31,21 +33,24 @@ from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import get_device
-from offload.errors import ModelError, UsageError
+from offload.errors import BudgetError, ModelError, UsageError
 from offload.events import LoadProgress, Notice
 from offload.learning import earlier_events
-from offload.memory.activations import activation_bytes, staged_bytes
+from offload.memory.activations import activation_bytes, experts_per_token, row_bytes, staged_bytes
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
+from offload.memory.rows import CANDIDATES, DISK_BYTES_PER_S, MEMORY_BYTES_PER_S, GainCurve
 from offload.meter import RunLabels, seconds_since_process_start
 from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
-from offload.model.kv_cache import kv_cache_bytes
+from offload.model.kv_cache import kv_row_memory, new_kv_cache
 from offload.model.norms import fuse_norms
+from offload.model.packed import can_pack
 from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
+from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
 
@@ -82,6 +87,8 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
     plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
+    if settings.batch_rows != 1 and not can_pack(source.model, new_kv_cache(source.config, 1)):
+        on_event(Notice(f"rows of {source.config.model_type} models do not share forward passes; they run one by one"))
     if _demo_residency(settings):
         on_event(
             Notice(
@@ -125,7 +132,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
-        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers())
+        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers(), setup.fill)
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:
@@ -211,31 +218,76 @@ def _quantised(settings: EngineSettings) -> bool:
 def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointSource) -> Plan:
     context = _context_tokens(settings, source)
     weight_format = get_format(settings.format)
-    itemsize = source.dtype.itemsize
     chunk = context if needs_whole_prompts(source.model.config.model_type) else settings.prefill_chunk
-    eager = attends_eagerly(source.model)
     sizes = ModelSizes(
         skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
-        kv_bytes=kv_cache_bytes(source.model, context),
-        activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager)
-        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0)
-        + (decode_bytes(_expert_shapes(source), itemsize) if source.method and weight_format.published else 0),
+        kv_bytes=0,
+        activation_bytes=0,
         slot_bytes=max(record_layout(source, module, weight_format).record_bytes for module in source.experts),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
+        row_memory=kv_row_memory(source.model, context),
     )
     release_free_memory()
     now = process_memory()
-    residency = _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency
-    return make_plan(
-        resolved.name,
-        get_device(settings.device).name,
-        sizes,
-        Baseline(now.anonymous, now.file),
-        available_memory(),
-        settings.ram,
-        residency,
+    available = available_memory()
+    row_tokens = min(context, whole_blocks_of(settings.row_tokens or context))
+
+    def plan(rows: int) -> Plan:
+        held = max(sizes.row_memory.bytes(context), rows * sizes.row_memory.bytes(row_tokens))
+        return make_plan(
+            resolved.name,
+            get_device(settings.device).name,
+            replace(
+                sizes,
+                rows=rows,
+                kv_bytes=held,
+                activation_bytes=_activations(settings, source, context, chunk, rows, held),
+            ),
+            Baseline(now.anonymous, now.file),
+            available,
+            settings.ram,
+            _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency,
+        )
+
+    if settings.batch_rows == 1 or not can_pack(source.model, new_kv_cache(source.config, 1)):
+        return plan(1)
+    if settings.batch_rows is not None:
+        return plan(settings.batch_rows)
+    plans = {1: plan(1)}
+    for rows in CANDIDATES[1:]:
+        with contextlib.suppress(BudgetError):
+            plans[rows] = plan(rows)
+    return plans[_gain_curve(source, sizes).choose({rows: found.slots for rows, found in plans.items()})]
+
+
+def _gain_curve(source: CheckpointSource, sizes: ModelSizes) -> GainCurve:
+    """At the rates of this machine, if it was measured."""
+    layers = len(source.experts)
+    measured = load_calibration()
+    return GainCurve(
+        layers,
+        sizes.num_experts / layers,
+        experts_per_token(source.config),
+        sizes.slot_bytes,
+        sizes.skeleton_bytes,
+        (measured and measured.disk_bytes_per_s) or DISK_BYTES_PER_S,
+        (measured and measured.memory_bytes_per_s) or MEMORY_BYTES_PER_S,
     )
+
+
+def _activations(
+    settings: EngineSettings, source: CheckpointSource, context: int, chunk: int, rows: int, kv_bytes: int
+) -> int:
+    """The peak inside a forward pass of ``rows`` rows, whose caches take ``kv_bytes`` together."""
+    itemsize = source.dtype.itemsize
+    chunk = max(chunk, rows)
+    size = activation_bytes(source.config, itemsize, context, chunk, attends_eagerly(source.model))
+    if _quantised(settings):
+        size += DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk)
+    if source.method and get_format(settings.format).published:
+        size += decode_bytes(_expert_shapes(source), itemsize)
+    return size + (row_bytes(source.config, itemsize, context, rows, kv_bytes) if rows > 1 else 0)
 
 
 def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:

@@ -46,6 +46,10 @@ def number(text: str, source: str) -> float:
         raise UsageError(f"{source}: '{text}' is not a number") from None
 
 
+def whole_or_auto(text: str, source: str) -> int | None:
+    return None if text.strip().lower() == "auto" else whole(text, source)
+
+
 def size_or_auto(text: str, source: str) -> int | None:
     return None if text.strip().lower() == "auto" else parse_size(text, source)
 
@@ -151,8 +155,11 @@ SAMPLING_FLAGS = (
     Flag("--stop", check_text, "TEXT", "end the answer before TEXT; may be given several times", repeat=True),
     Flag("--seed", whole, "N", "for the same answers again (default: a new one each time)"),
 )
-ENGINE_FIELDS = {"ctx": "context_tokens"}  # where a flag and its field differ in name
-_ENGINE_FLAGS = (*MODEL_FLAGS, *FORMAT_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS)
+BATCH_FLAGS = (
+    Flag("--batch-size", whole_or_auto, "N", "rows that share each forward pass; auto (default): what fits and pays"),
+)
+ENGINE_FIELDS = {"ctx": "context_tokens", "batch_size": "batch_rows"}  # where a flag and its field differ in name
+_ENGINE_FLAGS = (*MODEL_FLAGS, *FORMAT_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS, *BATCH_FLAGS)
 _FRONT_END_FLAGS = ("stats_json", "preset")
 
 
