@@ -87,8 +87,8 @@ class ExpertCache:
     A forward pass of many tokens (a prompt, the rows of a batch) may need most records of every layer, one layer after
     the other. Admitted like any others, each layer's would push out what the next layers are about to use, and the pass
     would find nothing. So its events stream (``recent`` of :meth:`lookup`): beyond ``fill`` slots for each layer, while
-    there are free ones, records go through a few slots at the cold end, which any later event takes first. Only what the most
-    recent tokens use stays, in place of records of the same layer that the pass does not need.
+    there are free ones, records go through a few slots at the cold end, which any later event takes first. Only what
+    the most recent tokens use stays, in place of records of the same layer that the pass does not need.
     """
 
     def __init__(
