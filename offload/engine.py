@@ -8,7 +8,6 @@ threads only :meth:`Engine.cancel` may be called.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 
@@ -19,14 +18,12 @@ from cache.policies import PolicyError, make_policy
 from cache.trace import TraceRecorder
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
-from offload.devices import SlotArena
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
 from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RunStats, Token
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
-from offload.memory.lanes import DiskLane
-from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
+from offload.memory.storage import AnyPlan, Storage
 from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
@@ -56,7 +53,7 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     return Engine(**open_model(settings, on_event))
 
 
-def plan_model(settings: EngineSettings, on_event: OnEvent) -> Plan:
+def plan_model(settings: EngineSettings, on_event: OnEvent) -> AnyPlan:
     """The memory plan of ``settings.model``, from its config alone: no weights are read, packed or downloaded."""
     from offload.opening import plan_only
 
@@ -72,12 +69,11 @@ class Engine:
         model: PreTrainedModel,
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
-        plan: Plan,
+        plan: AnyPlan,
         labels: RunLabels,
         runtime: ExpertRuntime,
-        lane: DiskLane,
+        storage: Storage,
         file: ExpertFile,
-        arena: SlotArena,
         recorder: TraceRecorder | None,
         settings: EngineSettings,
     ) -> None:
@@ -87,9 +83,9 @@ class Engine:
         self._plan = plan
         self._labels = labels
         self._runtime = runtime
-        self._lane = lane
+        self._storage = storage
+        self._device = storage.device
         self._file = file
-        self._arena = arena
         self._recorder = recorder
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
@@ -122,7 +118,7 @@ class Engine:
         return self._plan.budget
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> AnyPlan:
         return self._plan
 
     @property
@@ -197,7 +193,7 @@ class Engine:
         self._kv.reset()
 
     def stats(self) -> RunStats:
-        return run_stats(self._session, self._labels, self._plan, self._seed)
+        return run_stats(self._session, self._labels, self._plan, self._device, self._seed)
 
     def lap(self) -> RunStats:
         """See :meth:`offload.protocol.BenchEngine.lap`."""
@@ -206,7 +202,7 @@ class Engine:
         if self._meter is not None:
             now.add(self._meter.read())
         part, self._lap = now.since(self._lap), now
-        return run_stats(part, self._labels, self._plan, self._seed)
+        return run_stats(part, self._labels, self._plan, self._device, self._seed)
 
     def rss_bytes(self) -> int:
         return rss_bytes()
@@ -217,9 +213,8 @@ class Engine:
             return
         self._closed = True
         self._runtime.close()
-        self._lane.close()
+        self._storage.close()
         self._file.close()
-        self._arena.close()
         if self._recorder is not None and self._settings.trace_out is not None:
             try:
                 self._recorder.save(self._settings.trace_out)
@@ -238,7 +233,7 @@ class Engine:
 
     def _generate(self, ids: list[int], sampler: Sampler, sampling: SamplingSettings) -> Iterator[Event]:
         """The stream of one answer. Always ends with Done, unless the consumer drops it."""
-        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
+        meter = self._meter = Meter(self._runtime, self._device)
         tally = meter.tally
         tally.prompt_tokens = len(ids)
         detokenizer = Detokenizer(self._encoder.tokenizer, ids)
@@ -278,7 +273,7 @@ class Engine:
         if tail:
             shown.append(tail)
             yield Token(tail, tokens[-1])
-        stats = run_stats(tally, self._labels, self._plan, self._seed)
+        stats = run_stats(tally, self._labels, self._plan, self._device, self._seed)
         yield Done(reason, "".join(shown), len(ids), tally.new_tokens, stats, failure)
 
     def _prefill(self, ids: list[int], tally: Tally) -> Generator[Event, None, torch.Tensor]:
@@ -288,23 +283,23 @@ class Engine:
         logits = torch.empty(0)
         for start in range(reused, len(ids), self._prefill_chunk):
             part = ids[start : start + self._prefill_chunk]
-            began = time.perf_counter()
+            began = self._device.now()
             logits = self._forward(part, decode=False)[-1]
-            tally.prefill_seconds += time.perf_counter() - began
+            tally.prefill_seconds += self._device.now() - began
             tally.prefilled_tokens += len(part)
             yield PrefillProgress(start + len(part), len(ids), reused)
         return logits
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
-        began = time.perf_counter()
+        began = self._device.now()
         logits = self._forward([token], decode=True)[-1]
-        tally.decode_seconds += time.perf_counter() - began
+        tally.decode_seconds += self._device.now() - began
         tally.decode_steps += 1
         return logits
 
     def _score(self, ids: list[int]) -> Iterator[torch.Tensor]:
         """The pieces of :meth:`score`."""
-        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
+        meter = self._meter = Meter(self._runtime, self._device)
         meter.tally.prompt_tokens = len(ids)
         self._requests += 1
         rows = max(1, _SCORED_PIECE_BYTES // (4 * self._vocabulary))
@@ -312,9 +307,9 @@ class Engine:
         try:
             for start in range(0, len(ids), self._score_chunk):
                 part = ids[start : start + self._score_chunk]
-                began = time.perf_counter()
+                began = self._device.now()
                 logits = self._forward(part, decode=False, all_positions=True)
-                meter.tally.prefill_seconds += time.perf_counter() - began
+                meter.tally.prefill_seconds += self._device.now() - began
                 meter.tally.prefilled_tokens += len(part)
                 for piece in logits.split(rows):
                     yield piece.to("cpu", torch.float32, copy=True)  # a view would keep all of them
@@ -345,17 +340,18 @@ class Engine:
         self._forwards += 1
         self._runtime.current = ForwardPass(self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode)
         try:
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=self._model.device),
-                past_key_values=self._kv.cache,
-                use_cache=True,
-                **({} if all_positions else self._forward_options),
-            )
+            with self._device.running():
+                output = self._model(
+                    input_ids=torch.tensor([tokens], device=self._device.torch_device),
+                    past_key_values=self._kv.cache,
+                    use_cache=True,
+                    **({} if all_positions else self._forward_options),
+                )
+                logits: torch.Tensor = output.logits[0].to("cpu")
         except BaseException:
             self._kv.after_failure()
             raise
         self._kv.tokens += tokens
-        logits: torch.Tensor = output.logits[0]
         return logits
 
 

@@ -71,9 +71,12 @@ class ExpertStats:
 
 @dataclass(frozen=True, slots=True)
 class ByteStats:
+    """``host_to_device`` and ``device_to_host`` are None where slots are host memory."""
+
     disk_read: int
     host_to_device: int | None
     per_decode_token: float | None
+    device_to_host: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +104,22 @@ class MemoryStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TierStats:
+    """The host tier: of the records that the device lacked, how many lay there. ``demoted`` came from the device."""
+
+    slots: int
+    hits: int
+    misses: int
+    hit_rate: float | None
+    demoted: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunStats:
     """Statistics of one generation or of a whole session. Field names are those of ``--stats-json``.
 
     ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
-    first token.
+    first token. ``virtual``: seconds and rates are not this machine's but those that a simulated one would have.
     """
 
     model: str
@@ -125,6 +139,8 @@ class RunStats:
     bytes: ByteStats
     seconds: SecondStats
     memory: MemoryStats
+    host_tier: TierStats | None = None
+    virtual: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``--stats-json`` writes."""
@@ -143,7 +159,7 @@ class Done:
     error: str | None = None
 
 
-Event = PrefillProgress | Token | Done
+Event = PrefillProgress | Token | Notice | Done
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,14 @@ from offload.compute.kernels import load_kernels
 from offload.compute.product import DECODE_BYTES, Products
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
-from offload.devices import get_device
+from offload.devices import Device, get_device
 from offload.errors import ModelError, UsageError
-from offload.events import LoadProgress, Notice
+from offload.events import Notice
 from offload.memory.activations import activation_bytes, staged_bytes
-from offload.memory.lanes import DiskLane
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
+from offload.memory.storage import AnyPlan, open_storage, staging_buffers
+from offload.memory.tier_plan import Asked, Vram, make_tier_plan
 from offload.meter import RunLabels, seconds_since_process_start
 from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
@@ -44,7 +45,7 @@ from offload.model.transformers_api import attends_eagerly
 _DEMO_RESIDENCY = 0.5
 
 
-def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
+def plan_only(settings: EngineSettings, on_event: OnEvent) -> AnyPlan:
     """The plan, from config.json alone."""
     bound_own_memory()
     resolved = resolve(settings, on_event, weights=False)
@@ -54,7 +55,8 @@ def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
-    return _plan(settings, resolved, source)
+    with contextlib.closing(get_device(settings.device)) as device:
+        return _plan(settings, resolved, source, device)
 
 
 def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
@@ -71,7 +73,64 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     source = open_source(resolved.folder)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
-    plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
+    with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
+        device = undo.enter_context(contextlib.closing(get_device(settings.device)))
+        plan = _plan(settings, resolved, source, device)  # before packing: a budget that is too small is said at once
+        _say_what_fits(settings, plan, on_event)
+        if not isinstance(plan, Plan):
+            device.set_budget(plan.vram_budget - plan.vram.reserved)
+        folder = ensure_pack(source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event)
+        products = _products(settings, device, on_event)
+        file = undo.enter_context(ExpertFile(folder))
+        if notice := file.fallback_notice():
+            on_event(Notice(notice))
+        if settings.verify:
+            file.verify(on_event)
+        modules = source.experts
+        dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
+        model = load_skeleton(source, device.load_device, on_event, dense, products)
+        if _quantised(settings) and device.groups_attention:
+            use_grouped_attention(model)
+        device.place(model)
+        release_free_memory()
+        storage = open_storage(device, plan, file, settings, on_event)
+        undo.pop_all()
+    cache = ExpertCache(len(storage.arena.available), make_policy(settings.policy))
+    text = model.config.get_text_config()
+    recorder = None
+    if settings.trace_out is not None:
+        top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
+        recorder = TraceRecorder(
+            resolved.name, len(modules), max(module.num_experts for module in modules), int(top_k or 0)
+        )
+    weight_format = get_format(settings.format)
+    predictor = NextGate(model, modules) if settings.prefetch == "next-gate" else None
+    compute = device.experts(expert_compute(weight_format, products))
+    runtime = ExpertRuntime(cache, storage.arena, storage.loads, file, weight_format, compute, recorder, predictor)
+    runtime.attach(modules)
+    return {
+        "model": model,
+        "encoder": encoder,
+        "generation_config": generation_config,
+        "plan": plan,
+        "labels": RunLabels(
+            resolved.name,
+            device.name,
+            settings.format,
+            settings.dense_format,
+            settings.policy,
+            settings.prefetch,
+            None if device.virtual else seconds_since_process_start(),
+        ),
+        "runtime": runtime,
+        "storage": storage,
+        "file": file,
+        "recorder": recorder,
+        "settings": settings,
+    }
+
+
+def _say_what_fits(settings: EngineSettings, plan: AnyPlan, on_event: OnEvent) -> None:
     if _demo_residency(settings):
         on_event(
             Notice(
@@ -86,65 +145,11 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
                 "almost four times as many do, at some loss of quality (--dense-format int8 makes room, too)"
             )
         )
-    folder = ensure_pack(source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event)
-    products = _products(settings, on_event)
-    device = get_device(settings.device)
-    with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
-        file = undo.enter_context(ExpertFile(folder))
-        if notice := file.fallback_notice():
-            on_event(Notice(notice))
-        if settings.verify:
-            file.verify(on_event)
-        modules = source.experts
-        dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
-        model = load_skeleton(source, device.torch_device, on_event, dense, products)
-        if _quantised(settings):
-            use_grouped_attention(model)
-        release_free_memory()
-        arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
-        undo.callback(arena.close)
-        arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
-        undo.pop_all()
-    lane = DiskLane(file, settings.read_workers)
-    cache = ExpertCache(plan.slots, make_policy(settings.policy))
-    text = model.config.get_text_config()
-    recorder = None
-    if settings.trace_out is not None:
-        top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
-        recorder = TraceRecorder(
-            resolved.name, len(modules), max(module.num_experts for module in modules), int(top_k or 0)
-        )
-    weight_format = get_format(settings.format)
-    predictor = NextGate(model, modules) if settings.prefetch == "next-gate" else None
-    compute = expert_compute(weight_format, products)
-    runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor)
-    runtime.attach(modules)
-    return {
-        "model": model,
-        "encoder": encoder,
-        "generation_config": generation_config,
-        "plan": plan,
-        "labels": RunLabels(
-            resolved.name,
-            device.name,
-            settings.format,
-            settings.dense_format,
-            settings.policy,
-            settings.prefetch,
-            seconds_since_process_start(),
-        ),
-        "runtime": runtime,
-        "lane": lane,
-        "file": file,
-        "arena": arena,
-        "recorder": recorder,
-        "settings": settings,
-    }
 
 
-def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
-    """What multiplies quantised weights; compiles the kernels if this machine has none yet."""
-    if settings.kernels == "torch" or not _quantised(settings):
+def _products(settings: EngineSettings, device: Device, on_event: OnEvent) -> Products:
+    """What multiplies quantised weights; compiles the CPU's kernels if this machine has none yet."""
+    if settings.kernels == "torch" or not _quantised(settings) or not device.unified:
         return Products(None, 0)
 
     def failed(why: str) -> None:
@@ -158,7 +163,7 @@ def _quantised(settings: EngineSettings) -> bool:
     return (settings.format, settings.dense_format) != ("native", "native")
 
 
-def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointSource) -> Plan:
+def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointSource, device: Device) -> AnyPlan:
     context = _context_tokens(settings, source)
     weight_format = get_format(settings.format)
     itemsize = source.dtype.itemsize
@@ -178,20 +183,28 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
     release_free_memory()
     now = process_memory()
     residency = _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency
-    return make_plan(
+    baseline = Baseline(now.anonymous, now.file)
+    if device.unified:
+        if settings.vram is not None:
+            raise UsageError(f"--vram: {device.name} has no memory of its own; give --ram")
+        return make_plan(resolved.name, device.name, sizes, baseline, available_memory(), settings.ram, residency)
+    total, free = device.total_memory(), device.free_memory()
+    assert total is not None and free is not None
+    return make_tier_plan(
         resolved.name,
-        get_device(settings.device).name,
+        device.name,
         sizes,
-        Baseline(now.anonymous, now.file),
+        baseline,
         available_memory(),
-        settings.ram,
-        residency,
+        Vram(total, free, device.reserved_bytes()),
+        staging_buffers(settings.read_workers),
+        Asked(settings.vram, settings.ram, residency, settings.tiers == "exclusive"),
     )
 
 
 def _demo_residency(settings: EngineSettings) -> bool:
     """Whether the demo's own default applies: nobody said how much memory to use."""
-    return settings.model == DEMO_NAME and settings.ram is None and settings.residency is None
+    return settings.model == DEMO_NAME and (settings.ram, settings.vram, settings.residency) == (None, None, None)
 
 
 def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:

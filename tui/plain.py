@@ -8,7 +8,7 @@ from itertools import chain
 
 from offload.config import SamplingSettings
 from offload.errors import ContextError, RunLocalError
-from offload.events import Done, Event, PrefillProgress, Token
+from offload.events import Done, Event, Notice, PrefillProgress, Token
 from offload.protocol import ChatEngine
 from tui.commands import run_command
 from tui.conversation import Conversation, Turn

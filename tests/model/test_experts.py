@@ -19,6 +19,7 @@ from offload.compute.native_experts import NativeExperts
 from offload.devices import get_device
 from offload.errors import Cancelled, ExpertFileError
 from offload.memory.lanes import DiskLane
+from offload.memory.loads import DirectLoads
 from offload.model.experts import ExpertRuntime
 from offload.model.transformers_api import EXPERTS_IMPLEMENTATION, ExpertsModule
 
@@ -61,7 +62,8 @@ class Harness:
         self.cache = ExpertCache(slots, make_policy("lru"))
         self.lane = DiskLane(self.file, 2)
         arena = get_device("cpu").allocate_slots(slots, layout.record_bytes)
-        self.runtime = ExpertRuntime(self.cache, arena, self.lane, self.file, weight_format, NativeExperts())
+        loads = DirectLoads(self.lane, arena)
+        self.runtime = ExpertRuntime(self.cache, arena, loads, self.file, weight_format, NativeExperts())
         self.runtime.attach([ExpertsModule("experts", 3, EXPERTS, {}, module)])
         module.config._experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
 
@@ -200,7 +202,7 @@ def test_bytes_are_counted_by_phase(harness: Harness) -> None:
 
 
 def test_a_load_that_cannot_even_start_leaves_nothing_loading(harness: Harness, monkeypatch: Any) -> None:
-    def no_thread(*args: object) -> None:
+    def no_thread(*args: object, **options: object) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(DiskLane, "load", no_thread)
