@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cache.expert_cache import ExpertCache, SlotState
 from cache.keys import ExpertKey
-from cache.policies import POLICIES, make_policy
+from cache.policies import make_policy, runtime_policies
 
 
 def key(expert: int, layer: int = 0) -> ExpertKey:
@@ -138,7 +138,7 @@ def test_misuse_is_refused(cache: ExpertCache) -> None:
 class CacheMachine(RuleBasedStateMachine):
     """Random events with loads that finish late, fail, or outlive their event."""
 
-    @initialize(slots=st.integers(1, 12), policy=st.sampled_from(sorted(POLICIES)))
+    @initialize(slots=st.integers(1, 12), policy=st.sampled_from(runtime_policies()))
     def start(self, slots: int, policy: str) -> None:
         self.cache = ExpertCache(slots, make_policy(policy))
         self.open = False

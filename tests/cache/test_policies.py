@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.keys import ExpertKey
-from cache.policies import POLICIES, Policy, PolicyError, make_policy
+from cache.policies import Policy, PolicyError, make_policy, runtime_policies
 
 
 def keys(*experts: int, layer: int = 0) -> list[ExpertKey]:
@@ -21,7 +21,7 @@ def with_resident(spec: str, *experts: int) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("spec", sorted(POLICIES))
+@pytest.mark.parametrize("spec", runtime_policies())
 class TestConformance:
     def test_victims_are_exactly_n_distinct_residents(self, spec: str) -> None:
         policy = with_resident(spec, 1, 2, 3, 4)
