@@ -22,7 +22,10 @@ def count_uses(events: Events) -> dict[ExpertKey, float]:
     """The number of events that used each expert; those never used are not in it."""
     width = int(events.experts.max(initial=0)) + 1
     code = events.layer[events.event_of_access()].astype(np.int64) * width + events.experts
-    return {ExpertKey(*divmod(key, width)): float(uses) for key, uses in zip(*map(np.ndarray.tolist, np.unique(code, return_counts=True)), strict=True)}
+    return {
+        ExpertKey(*divmod(key, width)): float(uses)
+        for key, uses in zip(*map(np.ndarray.tolist, np.unique(code, return_counts=True)), strict=True)
+    }
 
 
 def load_counts(path: Path) -> dict[ExpertKey, float]:
@@ -37,7 +40,11 @@ def load_counts(path: Path) -> dict[ExpertKey, float]:
             raise CountsError(str(error)) from error
     try:
         data = json.loads(path.read_text("utf-8"))
-        return {ExpertKey(int(layer), expert): _uses(value) for layer, row in data.items() for expert, value in enumerate(row)}
+        return {
+            ExpertKey(int(layer), expert): _uses(value)
+            for layer, row in data.items()
+            for expert, value in enumerate(row)
+        }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CountsError(f"{path}: neither a trace nor a JSON object of counts by layer ({error})") from error
 
@@ -45,7 +52,10 @@ def load_counts(path: Path) -> dict[ExpertKey, float]:
 def save_counts(path: Path, uses: Mapping[ExpertKey, float]) -> None:
     """Write what :func:`load_counts` reads. Raises OSError."""
     width = max((key.expert for key in uses), default=-1) + 1
-    rows = {layer: [uses.get(ExpertKey(layer, expert), 0.0) for expert in range(width)] for layer in sorted({key.layer for key in uses})}
+    rows = {
+        layer: [uses.get(ExpertKey(layer, expert), 0.0) for expert in range(width)]
+        for layer in sorted({key.layer for key in uses})
+    }
     path.write_text(json.dumps(rows), "utf-8")
 
 

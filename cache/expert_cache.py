@@ -95,10 +95,11 @@ class ExpertCache:
         self._keys: defaultdict[int, list[ExpertKey]] = defaultdict(list)  # by layer and expert: made once
         self._held: defaultdict[int, int] = defaultdict(int)  # slots that each layer has
         self._share = None if layers is None else layer_shares(slots, layers)
+        self._retired: set[int] = set()  # numbers of slots that have no memory
 
     @property
     def slots(self) -> int:
-        return len(self._key)
+        return len(self._key) - len(self._retired)
 
     def state(self, key: ExpertKey) -> SlotState:
         """EMPTY means: not resident."""
@@ -182,7 +183,7 @@ class ExpertCache:
             return []
         layer = missing[0].layer
         if self._share is None:
-            room, scope = len(self._key) // 4 - len(self._loading), None
+            room, scope = self.slots // 4 - len(self._loading), None
         else:
             room, scope = self._share[layer] // 4 - sum(key.layer == layer for key in self._loading), layer
         wanted = missing[: max(0, room)]
@@ -214,13 +215,62 @@ class ExpertCache:
         self._event = ()
         self._needed = set()
 
+    def retire(self, wanted: int, segment: int = 1) -> list[int]:
+        """Give up about ``wanted`` slots between two events; returns their numbers.
+
+        Slots go by whole segments of ``segment``, those whose records the policy misses least; at least one segment
+        stays. Raises RuntimeError if an event is open or a record is loading.
+        """
+        if self._event or self._loading:
+            raise RuntimeError("retire: an event is open or a record is loading")
+        cold = self.policy.victims(len(self._slot), ()) or []
+        warmth = {key: place for place, key in enumerate(cold, 1)}
+        segments: defaultdict[int, int] = defaultdict(int)
+        members: defaultdict[int, list[int]] = defaultdict(list)
+        for slot, key in enumerate(self._key):
+            if slot not in self._retired:
+                segments[slot // segment] += 0 if key is None else warmth[key]
+                members[slot // segment].append(slot)
+        order = sorted(segments, key=lambda number: (segments[number], -number))
+        gone: list[int] = []
+        for number in order[:-1]:
+            if len(gone) >= wanted:
+                break
+            gone += members[number]
+        for slot in gone:
+            if (resident := self._key[slot]) is not None:
+                self._vacate(resident)
+                self.counters.evictions += 1
+        self._retired.update(gone)
+        self._free = [slot for slot in self._free if slot not in self._retired]
+        self._share_out()
+        return gone
+
+    def grow(self, slots: Iterable[int]) -> None:
+        """Take slots of these numbers into use, retired ones or new ones. Raises ValueError for one in use."""
+        for slot in slots:
+            if slot < len(self._key) and slot not in self._retired:
+                raise ValueError(f"grow: slot {slot} is in use")
+            while slot >= len(self._key):
+                self._retired.add(len(self._key))
+                self._key.append(None)
+            self._retired.remove(slot)
+            self._free.append(slot)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        if self._share is not None:
+            self._share = layer_shares(self.slots, self._share)
+
     def check_integrity(self) -> None:
         """Assert every invariant of the state machine. For tests; O(slots)."""
         held = {key: slot for slot, key in enumerate(self._key) if key is not None}
         assert held == self._slot, "keys and slots name each other"
         assert len(self._free) == len(set(self._free)), "a free slot is free once"
         for slot, key in enumerate(self._key):
-            assert (key is None) == (slot in self._free), f"slot {slot} is consistent"
+            empty = slot in self._free or slot in self._retired
+            assert (key is None) == empty, f"slot {slot} is consistent"
+        assert self._retired.isdisjoint(self._free), "a retired slot is not free"
         assert self._loading <= self._slot.keys(), "what is loading has a slot"
         assert self._needed <= set(self._event), "only keys of the open event are needed"
         assert self.policy.resident() == set(self._slot), "the policy knows exactly the resident keys"

@@ -19,10 +19,21 @@ from cache.trace import TraceRecorder
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RunStats, Token
+from offload.events import (
+    Done,
+    Event,
+    FinishReason,
+    LiveChanges,
+    LoadProgress,
+    Notice,
+    PrefillProgress,
+    RunStats,
+    Token,
+)
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
 from offload.memory.process import rss_bytes
+from offload.memory.resize import Rooms
 from offload.memory.storage import AnyPlan, Storage
 from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
@@ -97,6 +108,8 @@ class Engine:
         self._seed: int | None = None
         self._requests = self._forwards = 0
         self._closed = False
+        self._notices: list[Notice] = []
+        self._rooms = Rooms(runtime, storage, plan)
         self._stop_ids = _stop_ids(generation_config, encoder.eos_id)
         accepted = inspect.signature(model.forward).parameters
         self._forward_options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -207,6 +220,13 @@ class Engine:
     def rss_bytes(self) -> int:
         return rss_bytes()
 
+    def change(self, changes: LiveChanges) -> None:
+        """Change the memory of the tiers between two tokens; what is resident stays as far as it fits.
+
+        On the engine's thread. Raises UsageError for a value that makes no sense; nothing is changed then.
+        """
+        self._plan = self._rooms.change(changes)
+
     def close(self) -> None:
         """Finish loads in flight, write the trace if one was asked for, give memory back. Safe to call twice."""
         if self._closed:
@@ -263,6 +283,7 @@ class Engine:
                     break
                 if len(tokens) < limit:
                     logits = self._decode(token, tally)
+                    yield from self._said()
         except Cancelled:
             reason = "cancelled"
         except RunLocalError as error:
@@ -287,8 +308,13 @@ class Engine:
             logits = self._forward(part, decode=False)[-1]
             tally.prefill_seconds += self._device.now() - began
             tally.prefilled_tokens += len(part)
+            yield from self._said()
             yield PrefillProgress(start + len(part), len(ids), reused)
         return logits
+
+    def _said(self) -> Iterator[Notice]:
+        while self._notices:
+            yield self._notices.pop(0)
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         began = self._device.now()
@@ -331,12 +357,27 @@ class Engine:
         if self._meter is meter:
             self._meter = None
 
-    @torch.inference_mode()
     def _forward(self, tokens: list[int], *, decode: bool, all_positions: bool = False) -> torch.Tensor:
-        """Run ``tokens`` on top of the KV cache; returns logits [n, V] that end with the last position's.
+        """Run ``tokens`` on top of the KV cache; returns logits [n, V] on the CPU that end with the last position's.
 
-        ``all_positions``: those of all tokens. On any error the KV cache forgets what this pass added.
+        ``all_positions``: those of all tokens. On any error the KV cache forgets what this pass added. Where the
+        device's memory is used up, slots are given up until the pass fits; :attr:`_notices` says so.
         """
+        while True:
+            before = list(self._kv.tokens)
+            try:
+                return self._pass(tokens, decode, all_positions)
+            except Exception as error:
+                if not self._device.out_of_memory(error):
+                    raise
+                self._notices.append(Notice(self._rooms.make_room(error)))
+                self._plan = self._rooms.plan
+            lost = before[len(self._kv.tokens) :]  # a recurrent state cannot go back a step
+            for start in range(0, len(lost), self._prefill_chunk):
+                self._forward(lost[start : start + self._prefill_chunk], decode=False)
+
+    @torch.inference_mode()
+    def _pass(self, tokens: list[int], decode: bool, all_positions: bool) -> torch.Tensor:
         self._forwards += 1
         self._runtime.current = ForwardPass(self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode)
         try:

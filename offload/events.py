@@ -163,6 +163,23 @@ Event = PrefillProgress | Token | Notice | Done
 
 
 @dataclass(frozen=True, slots=True)
+class LiveChanges:
+    """What can be changed while a model is loaded. None leaves a setting as it is.
+
+    ``residency`` is a share of all experts, ``ram`` the process's budget in bytes, ``vram`` that of the device's own
+    memory.
+    """
+
+    policy: str | None = None
+    scope: str | None = None
+    prefetch: str | None = None
+    residency: float | None = None
+    ram: int | None = None
+    miss: str | None = None
+    vram: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BatchProgress:
     """Where a batch stands. ``rows_done`` of ``rows_total`` (None: not known) have their output row, rows of an
     earlier run included; ``row_tokens`` are those of the row now running. The rates are those of the session."""

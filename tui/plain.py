@@ -120,6 +120,8 @@ class PlainChat:
                     prefill.close()
                     self.screen.answer(event.text)
                     shown += event.text
+                elif isinstance(event, Notice):
+                    self.screen.note(event.text)
                 else:
                     prefill.close()
                     if event.text.startswith(shown):  # what was held back for a stop string that never came

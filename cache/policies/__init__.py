@@ -21,7 +21,9 @@ from cache.policies.slru import SLRU
 from cache.policies.static import Static
 from cache.shares import SCOPES
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (LRU, LFU, EWMA, SLRU, S3FIFO, Sieve, ARC, LeastStale, Static, Random, Belady)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (LRU, LFU, EWMA, SLRU, S3FIFO, Sieve, ARC, LeastStale, Static, Random, Belady)
+}
 
 __all__ = ["POLICIES", "Policy", "PolicyContext", "PolicyError", "make_policy", "runtime_policies"]
 

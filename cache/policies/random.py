@@ -45,7 +45,11 @@ class Random(Policy):
     def victims(self, n: int, protected: Collection[ExpertKey], layer: int | None = None) -> list[ExpertKey] | None:
         chosen: dict[ExpertKey, None] = {}
         for draw in range(_TRIES * n):
-            key = self._keys[mix(self._seed ^ mix((self._evictions << 16) + draw)) % len(self._keys)] if self._keys else None
+            key = (
+                self._keys[mix(self._seed ^ mix((self._evictions << 16) + draw)) % len(self._keys)]
+                if self._keys
+                else None
+            )
             if key is not None and key not in protected and (layer is None or key.layer == layer):
                 chosen[key] = None
             if len(chosen) == n:

@@ -23,7 +23,8 @@ DECODE_BYTES = 16 * 2**20
 class Products:
     """Multiplies where its inputs are; the kernels are for the CPU.
 
-    ``few_tokens`` is the most that go through the kernel, one number or one for each number of bits: decided once per machine (``calibration.py``).
+    ``few_tokens`` is the most that go through the kernel, one number or one for each number of bits: decided once per
+    machine (``calibration.py``).
 
     For the engine thread only: the decode buffer and the kernels' scratch memory are shared by all products.
     """

@@ -199,6 +199,9 @@ class Device(ABC):
         """Whether ``error`` says that the device's own memory is used up."""
         return False
 
+    def recover(self) -> None:  # noqa: B027 - nothing runs beside the caller where slots are host memory
+        """After its memory was used up: wait for all that was launched, forget its errors, give back what is spare."""
+
     def now(self) -> float:
         """Seconds on the device's clock, from any start."""
         return time.perf_counter()

@@ -63,6 +63,9 @@ class Loads(ABC):
     def computed(self, slots: Sequence[int]) -> None:  # noqa: B027 - nothing runs beside the engine thread on the CPU
         """Kernels that read these slots were launched."""
 
+    def quiesce(self, slots: Sequence[int]) -> None:  # noqa: B027 - as above
+        """Wait until nothing reads these slots any more: their memory is about to go."""
+
     def stall_link_seconds(self) -> float | None:
         """Time so far that kernels waited for copies; None where there are none."""
         return None

@@ -39,6 +39,7 @@ class TierPlan:
     host_slots: int
     staging: int
     exclusive: bool
+    residency_asked: float | None = None
 
     @property
     def residency(self) -> float:
@@ -99,13 +100,12 @@ class TierPlan:
         lines = [
             f"{self.model} on {self.device}: {format_size(self.vram_budget)} of VRAM ({vram}) and "
             f"{format_size(self.budget)} of RAM ({ram})",
-            f"{self.slots} expert slots hold {self.residency:.0%} of the experts, {self.host_slots} more buffers in RAM "
+            f"{self.slots} expert slots hold {self.residency:.0%} of the experts, {self.host_slots} buffers in RAM "
             f"{self.host_residency:.0%}" + (" (none of them twice)" if self.exclusive else ""),
         ]
         if not self.vram_chosen and self.vram_budget < self.vram.total:
-            lines[0] += (
-                f"; {format_size(self.vram.total - self.vram_budget)} of VRAM are left to the desktop and others"
-            )
+            left = format_size(self.vram.total - self.vram_budget)
+            lines[0] += f"; {left} of VRAM are left to the desktop and others"
         if self.in_memory == 1:
             lines[1] += "; nothing is read from disk while answering"
         return lines
@@ -157,8 +157,8 @@ def make_tier_plan(
     """Divide VRAM and RAM: what must be there first, the rest becomes slots and the host tier.
 
     ``available`` is the RAM that the process may have beside what it has. Without ``--vram`` 90 % of the free VRAM is
-    taken, without ``--ram`` 90 % of the RAM, but no more than the model can use. Raises BudgetError, naming the smallest
-    budget that works.
+    taken, without ``--ram`` 90 % of the RAM, but no more than the model can use. Raises BudgetError, naming the
+    smallest budget that works.
     """
     fixed = vram_fixed(sizes, vram)
     most = sizes.num_experts if asked.residency is None else max(1, round(sizes.num_experts * asked.residency))
@@ -187,6 +187,7 @@ def make_tier_plan(
         host_slots,
         staging,
         asked.exclusive,
+        asked.residency,
     )
 
 

@@ -1,9 +1,9 @@
 """Disk -> host memory -> device: loads through the host tier, over a link that runs beside the CPU.
 
 The states of both tiers change in program order on the engine thread; when memory may really be used again is left to
-fences. A demand for a record in host memory starts its copy at once. A record on disk is read by the disk lane's workers,
-who start its copy when it has arrived. Prefetches of records in host memory have a lane of their own, one copy at a time,
-so that a demand waits for one of them at most.
+fences. A demand for a record in host memory starts its copy at once. A record on disk is read by the disk lane's
+workers, who start its copy when it has arrived. Prefetches of records in host memory have a lane of their own, one copy
+at a time, so that a demand waits for one of them at most.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Sequence
 
-from cache.host_tier import HostTier
+from cache.host_tier import HostCounters, HostTier
 from cache.keys import ExpertKey
 from offload.checkpoint.expert_file import ExpertFile
 from offload.devices.base import Device, Fence, HostArena, Link, SlotArena
@@ -189,8 +189,8 @@ class TieredLoads(Loads):
         """The last ``staging`` buffers of ``host_arena`` are for records that do not stay."""
         most = host_arena.slots - staging
         self.tier = tier
-        self.host = tier.counters
-        self.link = LinkCounters()
+        self.host: HostCounters = tier.counters
+        self.link: LinkCounters = LinkCounters()
         self.exclusive = exclusive
         self.staging = _Staging(range(most, host_arena.slots))
         self._spare = list(range(tier.slots, most))
@@ -235,10 +235,12 @@ class TieredLoads(Loads):
             self._last_use[slot] = fence
 
     def quiesce(self, slots: Sequence[int]) -> None:
-        """Wait until no kernel reads these slots any more: their memory is about to go."""
         for slot in slots:
-            if (fence := self._last_use.pop(slot, None)) is not None:
-                fence.wait()
+            for fence in (self._last_use.pop(slot, None), self._last_fill.pop(slot, None)):
+                if fence is not None:
+                    fence.wait()
+        for fence in self._last_copy.values():  # one of them may be of a record on its way down from such a slot
+            fence.wait()
 
     def fill_host(self, keys: Sequence[ExpertKey], on_key: Callable[[int], None] | None = None) -> int:
         """Read records into free buffers of the host tier, for as many ``keys`` as there are; returns how many."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -99,6 +101,12 @@ class SimulatedDevice(Device):
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, VramExhausted)
+
+    def recover(self) -> None:
+        for stream in (self._up, self._down, self._kernels):
+            with contextlib.suppress(VramExhausted):
+                stream.synchronize()
+        gc.collect()  # what the failed pass left
 
     def now(self) -> float:
         return self.clock.now
