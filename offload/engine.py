@@ -110,6 +110,7 @@ class Engine:
         self._closed = False
         self._notices: list[Notice] = []
         self._rooms = Rooms(runtime, storage, plan)
+        self._plan = self._rooms.plan  # with the slots that the device gave
         self._stop_ids = _stop_ids(generation_config, encoder.eos_id)
         accepted = inspect.signature(model.forward).parameters
         self._forward_options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}

@@ -18,8 +18,8 @@ class CpuSlotArena(SlotArena):
     def __init__(self, slots: int, slot_bytes: int, most: int | None = None) -> None:
         self.slots = max(slots, most or 0)
         self.slot_bytes = slot_bytes
+        self._memory = HostMemory(self.slots, slot_bytes, used=slots)
         self._available = set(range(slots))
-        self._memory = HostMemory(self.slots, slot_bytes)
         self._tensor = torch.from_numpy(self._memory.array())
 
     @property

@@ -17,19 +17,23 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 class HostMemory:
     """Address space for ``slots`` buffers of ``slot_bytes``. The system backs a page when it is first written.
 
-    Raises BudgetError if there is not enough address space.
+    ``used`` of them are meant to be backed. Raises BudgetError if the system refuses as much.
     """
 
-    def __init__(self, slots: int, slot_bytes: int, what: str = "expert slots") -> None:
+    def __init__(self, slots: int, slot_bytes: int, what: str = "expert slots", *, used: int) -> None:
         self.slot_bytes = slot_bytes
         self.nbytes = slots * slot_bytes
+        # private: shared anonymous memory would be counted as shmem and get no huge pages
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        asked = used * slot_bytes
         try:
-            # private: shared anonymous memory would be counted as shmem and get no huge pages
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-            self._map = mmap.mmap(-1, self.nbytes, flags=flags)
+            if used and _NORESERVE and used < slots:
+                mmap.mmap(-1, asked, flags=flags).close()  # what shall be backed, the system may refuse at once
+            asked = self.nbytes
+            self._map = mmap.mmap(-1, self.nbytes, flags=flags | (_NORESERVE if used < slots else 0))
         except (OSError, OverflowError, ValueError) as error:
             raise BudgetError(
-                f"the system refuses {format_size(self.nbytes)} for {what} ({error}); give a smaller --ram"
+                f"the system refuses {format_size(asked)} for {what} ({error}); give a smaller --ram"
             ) from error
         with contextlib.suppress(AttributeError, OSError):  # fewer page faults and table walks; not everywhere
             self._map.madvise(mmap.MADV_HUGEPAGE)

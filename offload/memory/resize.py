@@ -7,6 +7,7 @@ from dataclasses import replace
 from offload.errors import BudgetError, DeviceError, UsageError
 from offload.events import LiveChanges
 from offload.memory.plan import Plan, make_plan
+from offload.memory.process import available_memory, process_memory
 from offload.memory.storage import AnyPlan, Storage
 from offload.memory.tier_plan import Asked, TierPlan, make_tier_plan
 from offload.memory.tiers import TieredLoads
@@ -55,28 +56,24 @@ class Rooms:
 def planned_again(
     plan: AnyPlan, residency: float | None = None, ram: int | None = None, vram: int | None = None
 ) -> AnyPlan:
-    """``plan`` with other budgets; None keeps one. A residency stays what was asked for, also under another budget.
+    """``plan`` with other budgets; None keeps one, and lets one that was ``auto`` follow the residency.
 
-    Raises BudgetError, naming the smallest budget that works.
+    A residency stays what was asked for, also under another budget. Raises BudgetError, naming the smallest budget that
+    works.
     """
     asked = plan.residency_asked if residency is None else residency
+    if ram is None and plan.budget_chosen:
+        ram = plan.budget
+    now = process_memory().total
+    available = available_memory() + max(0, now - plan.baseline.anonymous - plan.baseline.files)
     if isinstance(plan, Plan):
         if vram is not None:
             raise BudgetError(f"{plan.device} has no memory of its own; change the RAM")
-        new = make_plan(
-            plan.model, plan.device, plan.sizes, plan.baseline, 0, plan.budget if ram is None else ram, asked
-        )
-        return replace(new, budget_chosen=plan.budget_chosen or ram is not None)
-    wish = Asked(
-        plan.vram_budget if vram is None else vram,
-        plan.budget if ram is None else ram,
-        asked,
-        plan.exclusive,
-    )
-    again = make_tier_plan(plan.model, plan.device, plan.sizes, plan.baseline, 0, plan.vram, plan.staging, wish)
-    return replace(
-        again, vram_chosen=plan.vram_chosen or vram is not None, budget_chosen=plan.budget_chosen or ram is not None
-    )
+        return make_plan(plan.model, plan.device, plan.sizes, plan.baseline, available, ram, asked)
+    if vram is None and plan.vram_chosen:
+        vram = plan.vram_budget
+    wish = Asked(vram, ram, asked, plan.exclusive)
+    return make_tier_plan(plan.model, plan.device, plan.sizes, plan.baseline, available, plan.vram, plan.staging, wish)
 
 
 def resize(runtime: ExpertRuntime, storage: Storage, plan: AnyPlan) -> AnyPlan:

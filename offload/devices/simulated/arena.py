@@ -117,7 +117,7 @@ class SimHostArena(HostArena):
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.busy: dict[int, SimFence] = {}
-        self._memory = HostMemory(slots, slot_bytes)
+        self._memory = HostMemory(slots, slot_bytes, "the host tier", used=0)
 
     def writable(self, slot: int) -> memoryview:
         fence = self.busy.get(slot)
