@@ -35,8 +35,9 @@ def _simulated(detail: str) -> Device:
 
 
 def _auto(detail: str) -> Device:
+    from offload.devices.cuda import cuda_is_there
 
-    return _cpu("")
+    return _cuda("") if cuda_is_there() else _cpu("")
 
 
 _DEVICES: dict[str, Callable[[str], Device]] = {"auto": _auto, "cpu": _cpu, "cuda": _cuda, "simulated": _simulated}
