@@ -119,6 +119,25 @@ class ExpertCache:
         """Whether a key of ``layer`` could be admitted now without a victim."""
         return self._free_for(layer) > 0
 
+    def occupancy(self) -> list[tuple[ExpertKey, SlotState]]:
+        """The resident keys with their states. The one method that other threads may call: the copies are made in one
+        step each, so that a key may show the state of a moment before, but nothing is torn."""
+        keys, loading = self._key[:], self._loading.copy()
+        return [(key, SlotState.LOADING if key in loading else SlotState.READY) for key in keys if key is not None]
+
+    def change_policy(self, policy: Policy, layers: Iterable[int] | None = None) -> None:
+        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents stay.
+
+        The policy is told of them as if they had just been admitted, the coldest of the old policy first. Raises
+        RuntimeError if an event is open.
+        """
+        if self._event:
+            raise RuntimeError("change_policy: an event is open")
+        for key in self.policy.victims(len(self._slot), ()) or ():
+            policy.admit(key)
+        self.policy = policy
+        self._share = None if layers is None else layer_shares(self.slots, layers)
+
     def lookup(self, layer: int, experts: Iterable[int], *, decode: bool = True) -> Lookup:
         """Open an event: classify all of its experts at once, count them and tell the policy.
 
@@ -261,6 +280,13 @@ class ExpertCache:
     def _share_out(self) -> None:
         if self._share is not None:
             self._share = layer_shares(self.slots, self._share)
+
+    def clear(self) -> None:
+        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError if one is in use."""
+        if self._event or self._loading:
+            raise RuntimeError("clear: an event is open or a record is loading")
+        for key in list(self._slot):
+            self._vacate(key)
 
     def check_integrity(self) -> None:
         """Assert every invariant of the state machine. For tests; O(slots)."""

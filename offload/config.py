@@ -20,13 +20,15 @@ _UNITS = {
 DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_PREFILL_CHUNK = 512
-DEFAULT_POLICY = "ewma"
+DEFAULT_POLICY = "foresight"
+DEFAULT_SCOPE = "global"
 DEVICES = ("auto", "cpu", "cuda", "simulated")
+TIERS = ("inclusive", "exclusive")
 FORMATS = ("native", "int8", "int4", "int4-g32", "int4-g128", "mixed")
 DENSE_FORMATS = ("native", "int8", "int4")
 KERNELS = ("auto", "torch")
-TIERS = ("inclusive", "exclusive")
-PREFETCHES = ("off", "next-gate")
+PREFETCHES = ("off", "next-gate", "layer-markov", "previous-token", "popularity")
+SCOPES = ("layer", "global")
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -127,7 +129,10 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Everything that decides how a model is opened. Sizes in bytes; ``None`` means ``auto``."""
+    """Everything that decides how a model is opened. Sizes in bytes; ``None`` means ``auto``.
+
+    ``seed`` is that of policies that draw lots (None: 0).
+    """
 
     model: str = "demo"
     revision: str | None = None
@@ -141,6 +146,7 @@ class EngineSettings:
     dense_format: str = "native"
     kernels: str = "auto"
     policy: str = DEFAULT_POLICY
+    scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
     experts_dir: Path | None = None
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
@@ -148,6 +154,7 @@ class EngineSettings:
     verify: bool = False
     offline: bool = False
     trace_out: Path | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         _check(bool(self.model.strip()), "--model: the name is empty; give a folder, a hub id (org/name) or 'demo'")
@@ -160,6 +167,7 @@ class EngineSettings:
             ("--format", self.format, FORMATS),
             ("--dense-format", self.dense_format, DENSE_FORMATS),
             ("--kernels", self.kernels, KERNELS),
+            ("--scope", self.scope, SCOPES),
             ("--prefetch", self.prefetch, PREFETCHES),
             ("--tiers", self.tiers, TIERS),
         ):

@@ -7,6 +7,7 @@ threads only :meth:`Engine.cancel` may be called.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
@@ -14,8 +15,9 @@ from types import TracebackType
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from cache.policies import PolicyError, make_policy
+from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
+from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
@@ -39,7 +41,9 @@ from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
+from offload.model.prefetchers import Prefetcher, make_prefetcher
 from offload.model.prompt import PromptEncoder
+from offload.model.transformers_api import ExpertsModule
 from offload.protocol import Message
 
 OnEvent = Callable[[LoadProgress | Notice], None]
@@ -58,7 +62,7 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     from offload.opening import open_model
 
     try:
-        make_policy(settings.policy)
+        make_policy(settings.policy, PolicyContext(settings.scope))
     except PolicyError as error:
         raise UsageError(f"--policy: {error}") from error
     return Engine(**open_model(settings, on_event))
@@ -86,6 +90,7 @@ class Engine:
         storage: Storage,
         file: ExpertFile,
         recorder: TraceRecorder | None,
+        modules: list[ExpertsModule],
         settings: EngineSettings,
     ) -> None:
         self._model = model
@@ -98,6 +103,7 @@ class Engine:
         self._device = storage.device
         self._file = file
         self._recorder = recorder
+        self._modules = modules
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
         self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
@@ -218,15 +224,21 @@ class Engine:
         part, self._lap = now.since(self._lap), now
         return run_stats(part, self._labels, self._plan, self._device, self._seed)
 
+    def change(self, changes: LiveChanges) -> None:
+        """See :meth:`offload.protocol.LiveEngine.change`."""
+
+        def prefetcher(name: str) -> Prefetcher | None:
+            return make_prefetcher(name, self._model, self._modules)
+
+        plan = self._rooms.planned(changes)
+        changes = dataclasses.replace(changes, residency=None, ram=None, vram=None)
+        self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher)
+        self._plan = self._rooms.follow(plan)
+        now = self._settings
+        self._labels = dataclasses.replace(self._labels, policy=now.policy, scope=now.scope, prefetch=now.prefetch)
+
     def rss_bytes(self) -> int:
         return rss_bytes()
-
-    def change(self, changes: LiveChanges) -> None:
-        """Change the memory of the tiers between two tokens; what is resident stays as far as it fits.
-
-        On the engine's thread. Raises UsageError for a value that makes no sense; nothing is changed then.
-        """
-        self._plan = self._rooms.change(changes)
 
     def close(self) -> None:
         """Finish loads in flight, write the trace if one was asked for, give memory back. Safe to call twice."""

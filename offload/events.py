@@ -6,7 +6,7 @@ one :class:`Done`. Figures that were not measured are ``None``, never 0.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -127,6 +127,7 @@ class RunStats:
     format: str
     dense_format: str
     policy: str
+    scope: str = field(default="global", kw_only=True)
     prefetch: str
     seed: int | None
     prompt_tokens: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 import psutil
 
+from offload.config import DEFAULT_SCOPE
 from offload.devices.base import Device
 from offload.events import ByteStats, ExpertStats, MemoryStats, RunStats, SecondStats, TierStats
 from offload.memory.process import rss_peak_bytes
@@ -122,6 +123,7 @@ class RunLabels:
     policy: str
     prefetch: str
     start_s: float | None
+    scope: str = DEFAULT_SCOPE
 
 
 def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, seed: int | None) -> RunStats:
@@ -135,6 +137,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, se
         format=labels.format,
         dense_format=labels.dense_format,
         policy=labels.policy,
+        scope=labels.scope,
         prefetch=labels.prefetch,
         seed=seed,
         prompt_tokens=tally.prompt_tokens,

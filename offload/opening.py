@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from cache.expert_cache import ExpertCache
-from cache.policies import make_policy
+from cache.policies import PolicyContext, make_policy
 from cache.trace import TraceRecorder
 from offload.checkpoint.dense_file import ensure_dense
 from offload.checkpoint.expert_file import ExpertFile
@@ -37,7 +37,7 @@ from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_cache_bytes
-from offload.model.next_gate import NextGate
+from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
@@ -95,16 +95,18 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         release_free_memory()
         storage = open_storage(device, plan, file, settings, on_event)
         undo.pop_all()
-    cache = ExpertCache(len(storage.arena.available), make_policy(settings.policy))
+    numbers = [module.layer for module in modules]
+    most_experts = max(module.num_experts for module in modules)
+    context = PolicyContext(settings.scope, settings.seed or 0, layers=len(modules), experts=most_experts)
+    policy = make_policy(settings.policy, context)
+    cache = ExpertCache(len(storage.arena.available), policy, numbers if settings.scope == "layer" else None)
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:
         top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
-        recorder = TraceRecorder(
-            resolved.name, len(modules), max(module.num_experts for module in modules), int(top_k or 0)
-        )
+        recorder = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0))
     weight_format = get_format(settings.format)
-    predictor = NextGate(model, modules) if settings.prefetch == "next-gate" else None
+    predictor = make_prefetcher(settings.prefetch, model, modules)
     compute = device.experts(expert_compute(weight_format, products))
     runtime = ExpertRuntime(cache, storage.arena, storage.loads, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
@@ -121,11 +123,13 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
             settings.policy,
             settings.prefetch,
             None if device.virtual else seconds_since_process_start(),
+            settings.scope,
         ),
         "runtime": runtime,
         "storage": storage,
         "file": file,
         "recorder": recorder,
+        "modules": modules,
         "settings": settings,
     }
 

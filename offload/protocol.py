@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from offload.config import SamplingSettings
-from offload.events import Event, RunStats
+from offload.events import Event, LiveChanges, RunStats
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -49,6 +49,19 @@ class ChatEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class LiveEngine(ChatEngine, Protocol):
+    """What can be changed while a model is loaded."""
+
+    def change(self, changes: LiveChanges) -> None:
+        """Apply ``changes``: at once between two answers, and while one is generated before its next event is yielded or
+        its next token computed. What is resident stays.
+
+        Raises UsageError, with the names that exist, for what does not exist or cannot be changed; nothing is changed
+        then.
+        """
+        ...
 
 
 class BenchEngine(ChatEngine, Protocol):

@@ -10,6 +10,7 @@ from cache.policies.arc import ARC
 from cache.policies.base import Policy, PolicyContext, PolicyError
 from cache.policies.belady import Belady
 from cache.policies.ewma import EWMA
+from cache.policies.foresight import Foresight
 from cache.policies.least_stale import LeastStale
 from cache.policies.lfu import LFU
 from cache.policies.lru import LRU
@@ -22,15 +23,30 @@ from cache.policies.static import Static
 from cache.shares import SCOPES
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (LRU, LFU, EWMA, SLRU, S3FIFO, Sieve, ARC, LeastStale, Static, Random, Belady)
+    policy.name: policy
+    for policy in (LRU, LFU, EWMA, SLRU, S3FIFO, Sieve, ARC, LeastStale, Static, Random, Foresight, Belady)
 }
 
-__all__ = ["POLICIES", "Policy", "PolicyContext", "PolicyError", "make_policy", "runtime_policies"]
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "PolicyContext",
+    "PolicyError",
+    "is_simulation_only",
+    "make_policy",
+    "runtime_policies",
+]
 
 
 def runtime_policies() -> list[str]:
     """The names of the policies that do not need to know the future."""
     return sorted(name for name, policy in POLICIES.items() if not policy.simulation_only)
+
+
+def is_simulation_only(spec: str) -> bool:
+    """Whether the policy of ``spec`` exists and needs to know the future."""
+    kind = POLICIES.get(spec.strip().partition(":")[0])
+    return kind is not None and kind.simulation_only
 
 
 def make_policy(spec: str, context: PolicyContext | None = None) -> Policy:

@@ -19,13 +19,16 @@ class PolicyError(ValueError):
 class PolicyContext:
     """What a policy may be given beside its parameters.
 
-    ``layer`` is the only layer that it will see, under the scope ``layer``. ``future`` are the events to come (simulation
-    only), ``training`` earlier ones to learn from.
+    ``layer`` is the only layer that it will see, under the scope ``layer``. ``layers`` is how many MoE layers there are
+    and ``experts`` the most that one of them has (0: not known). ``future`` are the events to come (simulation only),
+    ``training`` earlier ones to learn from.
     """
 
     scope: str = "global"
     seed: int = 0
     layer: int | None = None
+    layers: int = 0
+    experts: int = 0
     future: Events | None = None
     training: Events | None = None
 

@@ -44,6 +44,8 @@ class Random(Policy):
 
     def victims(self, n: int, protected: Collection[ExpertKey], layer: int | None = None) -> list[ExpertKey] | None:
         chosen: dict[ExpertKey, None] = {}
+        if n <= 0:
+            return []
         for draw in range(_TRIES * n):
             key = (
                 self._keys[mix(self._seed ^ mix((self._evictions << 16) + draw)) % len(self._keys)]

@@ -22,15 +22,20 @@ class Rooms:
         self._runtime = runtime
         self._storage = storage
 
-    def change(self, changes: LiveChanges) -> AnyPlan:
-        """Follow other budgets; returns the new plan. Raises UsageError if they make no sense or are too small."""
-        if (changes.residency, changes.ram, changes.vram) != (None, None, None):
-            if changes.residency is not None and not 0 < changes.residency <= 1:
-                raise UsageError("the residency must be above 0 and at most 1 (0.5 is half)")
-            try:
-                plan = planned_again(self.plan, changes.residency, changes.ram, changes.vram)
-            except BudgetError as error:
-                raise UsageError(str(error)) from error
+    def planned(self, changes: LiveChanges) -> AnyPlan:
+        """The plan under other budgets. Changes nothing; raises UsageError if they make no sense or are too small."""
+        if (changes.residency, changes.ram, changes.vram) == (None, None, None):
+            return self.plan
+        if changes.residency is not None and not 0 < changes.residency <= 1:
+            raise UsageError("the residency must be above 0 and at most 1 (0.5 is half)")
+        try:
+            return planned_again(self.plan, changes.residency, changes.ram, changes.vram)
+        except BudgetError as error:
+            raise UsageError(str(error)) from error
+
+    def follow(self, plan: AnyPlan) -> AnyPlan:
+        """Make the tiers as large as ``plan`` says; returns what came of it."""
+        if plan != self.plan:
             self.plan = resize(self._runtime, self._storage, plan)
         return self.plan
 

@@ -19,6 +19,9 @@ from offload.memory.plan import Plan
 from offload.memory.tier_plan import TierPlan
 from offload.memory.tiers import TieredLoads
 
+HOST_POLICY = "ewma"
+"""Of the host tier, whatever the slots follow: it sees every event, and costs little beside them."""
+
 AnyPlan = Plan | TierPlan
 OnEvent = Callable[[LoadProgress | Notice], None]
 
@@ -74,7 +77,7 @@ def open_storage(
         undo.callback(host.close)
         if not host.pinned:
             on_event(Notice("the system does not let this process pin memory: copies to the device are slower"))
-        tier = HostTier(plan.host_slots, make_policy(settings.policy))
+        tier = HostTier(plan.host_slots, make_policy(HOST_POLICY))
         loads = TieredLoads(device, file, arena, host, tier, settings.read_workers, plan.staging, plan.exclusive)
         undo.callback(loads.close)
         if plan.host_slots >= sizes.num_experts:

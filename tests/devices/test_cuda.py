@@ -187,7 +187,7 @@ def test_fewer_slots_where_the_card_refuses_more(cuda: FakeCuda, monkeypatch: py
 
 def test_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match="--device cuda: .* or use --device cpu"):
+    with pytest.raises(DeviceError, match=r"--device cuda: .* or use --device cpu"):
         get_device("cuda")
     with pytest.raises(UsageError, match="'cuda:x' is not a card"):
         get_device("cuda:x")

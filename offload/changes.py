@@ -1,0 +1,47 @@
+"""Changes to an engine that is loaded, between tokens: what is resident stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+from cache.policies import PolicyContext, PolicyError, make_policy
+from offload.config import EngineSettings
+from offload.errors import UsageError
+from offload.events import LiveChanges
+from offload.model.experts import ExpertRuntime
+from offload.model.prefetchers import Prefetcher
+from offload.model.transformers_api import ExpertsModule
+
+_CHANGEABLE = ("policy", "scope", "prefetch")
+
+
+def apply_changes(
+    changes: LiveChanges,
+    settings: EngineSettings,
+    runtime: ExpertRuntime,
+    modules: Sequence[ExpertsModule],
+    make_prefetcher: Callable[[str], Prefetcher | None],
+) -> EngineSettings:
+    """Apply ``changes`` to ``runtime``; returns the settings that hold from now on.
+
+    A new policy or scope begins with the resident records, the coldest first, and without a history. Raises UsageError
+    for what cannot be changed or does not exist; nothing is changed then.
+    """
+    wanted = {field.name: value for field in fields(changes) if (value := getattr(changes, field.name)) is not None}
+    for name in wanted:
+        if name not in _CHANGEABLE:
+            raise UsageError(f"{name} cannot be changed while a model is loaded; give --{name} at the start")
+    changed = replace(settings, **wanted)
+    if (changed.policy, changed.scope) != (settings.policy, settings.scope):
+        experts = max(module.num_experts for module in modules)
+        context = PolicyContext(changed.scope, changed.seed or 0, layers=len(modules), experts=experts)
+        try:
+            policy = make_policy(changed.policy, context)
+        except PolicyError as error:
+            raise UsageError(f"--policy: {error}") from error
+        layers = [module.layer for module in modules] if changed.scope == "layer" else None
+        runtime.cache.change_policy(policy, layers)
+    if changed.prefetch != settings.prefetch:
+        runtime.predictor = make_prefetcher(changed.prefetch)
+    return changed
