@@ -199,13 +199,13 @@ class TieredLoads(Loads):
         self._link = device.link(arena, host_arena)
         self._disk = DiskLane(_FromDisk(file, host_arena, self._link, self.staging), workers)
         self._ahead = DiskLane(_FromHost(self._link), 1, "link")
-        self._last_use: dict[int, Fence] = {}  # slot -> the last kernel that reads it
+        self._last_use: dict[int, list[Fence]] = {}  # slot -> what the next copy into it waits for
         self._last_fill: dict[int, Fence] = {}  # slot -> the copy that filled it
         self._last_copy: dict[int, Fence] = {}  # host buffer -> the last copy from or to it
         self._host_arena = host_arena
 
     def load(self, key: ExpertKey, slot: int, *, victim: ExpertKey | None = None, prefetch: bool = False) -> LoadTicket:
-        after = [fence] if (fence := self._last_use.pop(slot, None)) is not None else []
+        after = self._last_use.pop(slot, [])
         if victim is not None and self.exclusive:
             self._demote(victim, slot, after)
         size = self._file.layout(key.layer).record_bytes
@@ -221,6 +221,7 @@ class TieredLoads(Loads):
         try:
             lane = self._disk.load(key, job, prefetch=prefetch)
         except BaseException:
+            self._last_use[slot] = after
             if reserved is not None:
                 self.tier.abandon(key)
             raise
@@ -232,13 +233,13 @@ class TieredLoads(Loads):
     def computed(self, slots: Sequence[int]) -> None:
         fence = self._link.computed(slots)
         for slot in slots:
-            self._last_use[slot] = fence
+            self._last_use[slot] = [fence]
 
     def quiesce(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            for fence in (self._last_use.pop(slot, None), self._last_fill.pop(slot, None)):
-                if fence is not None:
-                    fence.wait()
+            filled = self._last_fill.pop(slot, None)
+            for fence in (*self._last_use.pop(slot, []), *([filled] if filled is not None else [])):
+                fence.wait()
         for fence in self._last_copy.values():  # one of them may be of a record on its way down from such a slot
             fence.wait()
 
@@ -323,6 +324,8 @@ class TieredLoads(Loads):
             self._last_fill[job.slot] = job.fence
             if job.source is not None:
                 self._last_copy[job.source] = job.fence
+        else:
+            self._last_use[job.slot] = job.after  # it never began: who comes next waits in its place
         if kept:
             if arrived:
                 self.tier.commit(key)
