@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -46,6 +47,9 @@ from offload.model.prompt import PromptEncoder
 from offload.model.transformers_api import ExpertsModule
 from offload.protocol import Message
 
+if TYPE_CHECKING:
+    from offload.opening import PlannedModel
+
 OnEvent = Callable[[LoadProgress | Notice], None]
 
 _SCORED_LOGITS_BYTES = 32 * 2**20
@@ -68,11 +72,14 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     return Engine(**open_model(settings, on_event))
 
 
-def plan_model(settings: EngineSettings, on_event: OnEvent) -> AnyPlan:
-    """The memory plan of ``settings.model``, from its config alone: no weights are read, packed or downloaded."""
+def plan_model(settings: EngineSettings, on_event: OnEvent, hardware: str | None = None) -> PlannedModel:
+    """The memory plan of ``settings.model``, from its config alone: no weights are read, packed or downloaded.
+
+    With ``hardware`` it is the plan for that machine, with the speed to expect. Raises UsageError if there is no such.
+    """
     from offload.opening import plan_only
 
-    return plan_only(settings, on_event)
+    return plan_only(settings, on_event, hardware)
 
 
 class Engine:

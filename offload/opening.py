@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
 from cache.expert_cache import ExpertCache
+from cache.machines import Machine, MachineError, load_machine
 from cache.policies import PolicyContext, make_policy
 from cache.trace import TraceRecorder
 from offload.checkpoint.dense_file import ensure_dense
@@ -25,13 +26,15 @@ from offload.compute.product import DECODE_BYTES, Products
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
+from offload.devices.on_paper import PaperDevice
 from offload.errors import ModelError, UsageError
 from offload.events import Notice
 from offload.memory.activations import activation_bytes, staged_bytes
+from offload.memory.estimate import Estimate, Work, estimate
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
 from offload.memory.storage import AnyPlan, open_storage, staging_buffers
-from offload.memory.tier_plan import Asked, Vram, make_tier_plan
+from offload.memory.tier_plan import Asked, TierPlan, Vram, make_tier_plan
 from offload.meter import RunLabels, seconds_since_process_start
 from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
@@ -45,9 +48,26 @@ from offload.model.transformers_api import attends_eagerly
 _DEMO_RESIDENCY = 0.5
 
 
-def plan_only(settings: EngineSettings, on_event: OnEvent) -> AnyPlan:
-    """The plan, from config.json alone."""
+class PlannedModel(NamedTuple):
+    """A plan and, for named hardware, what to expect of it."""
+
+    plan: AnyPlan
+    expected: Estimate | None = None
+
+    def summary(self) -> list[str]:
+        return self.plan.summary() + (self.expected.summary() if self.expected is not None else [])
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        return self.plan.rows()
+
+    def to_json(self) -> dict[str, Any]:
+        return self.plan.to_json() | ({"expected": self.expected.to_json()} if self.expected is not None else {})
+
+
+def plan_only(settings: EngineSettings, on_event: OnEvent, hardware: str | None = None) -> PlannedModel:
+    """The plan, from config.json alone; for this machine or, with what to expect of it, for ``hardware``."""
     bound_own_memory()
+    machine = _machine(hardware)
     resolved = resolve(settings, on_event, weights=False)
     with contextlib.suppress(ModelError):  # a folder with a config alone can be planned too
         _held = PromptEncoder(resolved.folder)  # its memory counts
@@ -55,8 +75,25 @@ def plan_only(settings: EngineSettings, on_event: OnEvent) -> AnyPlan:
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
-    with contextlib.closing(get_device(settings.device)) as device:
-        return _plan(settings, resolved, source, device)
+    device = get_device(settings.device) if machine is None else PaperDevice(machine)
+    with contextlib.closing(device):
+        available = None if machine is None else machine.ram_bytes
+        plan = _plan(settings, resolved, source, device, available)
+    expected = None
+    if machine is not None and isinstance(plan, TierPlan):
+        expected = estimate(plan, Work(len(source.experts), _top_k(source.config.get_text_config())), machine)
+    return PlannedModel(plan, expected)
+
+
+def _machine(name: str | None) -> Machine | None:
+    try:
+        return None if name is None else load_machine(name)
+    except MachineError as error:
+        raise UsageError(f"--hardware: {error}") from error
+
+
+def _top_k(text: Any) -> int:
+    return int(getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0) or 0)
 
 
 def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
@@ -103,8 +140,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:
-        top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
-        recorder = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0))
+        recorder = TraceRecorder(resolved.name, len(modules), most_experts, _top_k(text))
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules)
     compute = device.experts(expert_compute(weight_format, products))
@@ -167,7 +203,14 @@ def _quantised(settings: EngineSettings) -> bool:
     return (settings.format, settings.dense_format) != ("native", "native")
 
 
-def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointSource, device: Device) -> AnyPlan:
+def _plan(
+    settings: EngineSettings,
+    resolved: ResolvedModel,
+    source: CheckpointSource,
+    device: Device,
+    ram: int | None = None,
+) -> AnyPlan:
+    """``ram``: of a machine that is not this one."""
     context = _context_tokens(settings, source)
     weight_format = get_format(settings.format)
     itemsize = source.dtype.itemsize
@@ -186,12 +229,13 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
     )
     release_free_memory()
     now = process_memory()
+    available = available_memory() if ram is None else ram - now.total
     residency = _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency
     baseline = Baseline(now.anonymous, now.file)
     if device.unified:
         if settings.vram is not None:
             raise UsageError(f"--vram: {device.name} has no memory of its own; give --ram")
-        return make_plan(resolved.name, device.name, sizes, baseline, available_memory(), settings.ram, residency)
+        return make_plan(resolved.name, device.name, sizes, baseline, available, settings.ram, residency)
     total, free = device.total_memory(), device.free_memory()
     assert total is not None and free is not None
     return make_tier_plan(
@@ -199,7 +243,7 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
         device.name,
         sizes,
         baseline,
-        available_memory(),
+        available,
         Vram(total, free, device.reserved_bytes()),
         staging_buffers(settings.read_workers),
         Asked(settings.vram, settings.ram, residency, settings.tiers == "exclusive"),

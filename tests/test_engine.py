@@ -290,7 +290,7 @@ def test_the_plan_needs_no_weights(checkpoint: Path, tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"not read")
-    plan = plan_model(EngineSettings(model=str(tmp_path), context_tokens=64), lambda event: None)
+    plan = plan_model(EngineSettings(model=str(tmp_path), context_tokens=64), lambda event: None).plan
     assert plan.sizes.num_experts == 32
     assert [name for name, _, _ in plan.rows()][-2:] == ["expert slots", "unused"]
 

@@ -14,6 +14,7 @@ from cache.machines import Machine
 from offload.compute.matrix import QuantizedMatrix
 from offload.devices.base import Device, DeviceMemory, Fence, HostArena, Link, SlotArena
 from offload.devices.clock import LoadTiming, VirtualClock
+from offload.devices.on_paper import CONTEXT_BYTES
 from offload.devices.simulated.arena import SimHostArena, SimLink, SimSlotArena
 from offload.devices.simulated.kernels import SimExperts
 from offload.devices.simulated.streams import SimFence, SimStream
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from offload.compute.base import ExpertCompute
-
-_CONTEXT_BYTES = 512 * 2**20
-"""What a CUDA context, cuBLAS and its workspaces take of a real card."""
 
 
 class SimulatedDevice(Device):
@@ -70,7 +68,7 @@ class SimulatedDevice(Device):
         return self.vram.total - self.vram.used
 
     def reserved_bytes(self) -> int:
-        return _CONTEXT_BYTES
+        return CONTEXT_BYTES
 
     def set_budget(self, size: int) -> None:
         self.vram.budget = size
