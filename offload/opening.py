@@ -113,6 +113,8 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
         device = undo.enter_context(contextlib.closing(get_device(settings.device)))
         plan = _plan(settings, resolved, source, device)  # before packing: a budget that is too small is said at once
+        if device.virtual:
+            on_event(Notice(f"{device.name} is a pretend GPU: all seconds and rates are what that machine would take"))
         _say_what_fits(settings, plan, on_event)
         if not isinstance(plan, Plan):
             device.set_budget(plan.vram_budget - plan.vram.reserved)

@@ -123,6 +123,7 @@ class SimStream:
             except BaseException as error:
                 with self._changed:
                     self._error = self._error or error
+            del work  # and with it the memory that it holds
             with self._changed:
                 self._finished += 1
                 self._changed.notify_all()
