@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,8 @@ class Events:
     """E events in execution order, A accesses in all; one access is one distinct expert of one event.
 
     ``request``, ``decode`` (bool), ``layer`` and ``tokens`` (rows that ran together) are [E]. The experts of event
-    ``e`` are ``experts[starts[e]:starts[e + 1]]``, in the order of :func:`by_rank`, and ``weights`` [A] are the router's
-    weights of each, summed over the event's tokens. ``starts`` is [E + 1].
+    ``e`` are ``experts[starts[e]:starts[e + 1]]``, in the order of :func:`by_rank`, and ``weights`` [A] are the
+    router's weights of each, summed over the event's tokens. ``starts`` is [E + 1].
     """
 
     request: NDArray[np.int32]
@@ -43,7 +43,7 @@ class Events:
     def sets(self) -> list[list[int]]:
         """The experts of every event as lists."""
         flat, starts = self.experts.tolist(), self.starts.tolist()
-        return [flat[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]
+        return [flat[start:end] for start, end in pairwise(starts)]
 
     def where(self, keep: NDArray[np.bool_]) -> Events:
         """The events for which ``keep`` [E] is true."""
@@ -83,10 +83,10 @@ def trace_events(trace: Trace) -> Events:
     order = np.lexsort((np.tile(np.arange(k), rows), row))
     order = order[(ids[order] >= 0) & (ids[order] < experts)]
     code, weights = row[order] * experts + ids[order], trace.weights.reshape(-1)[order].astype(np.float32)
-    _, at, number = np.unique(code, return_index=True, return_inverse=True)
-    summed = np.bincount(number, weights, len(at))
+    _, at, places = np.unique(code, return_index=True, return_inverse=True)
+    summed = np.bincount(places, weights, len(at))
     in_order = np.argsort(at)
-    access, weights = code[at[in_order]], summed[in_order]
+    access, summed = code[at[in_order]], summed[in_order]
     counts = np.bincount(access // experts, minlength=len(first))
     return Events(
         trace.request[first],
@@ -95,7 +95,7 @@ def trace_events(trace: Trace) -> Events:
         np.bincount(event, minlength=len(first)).astype(np.int32),
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         (access % experts).astype(np.int16),
-        weights.astype(np.float32),
+        summed.astype(np.float32),
     )
 
 

@@ -126,7 +126,8 @@ class ExpertCache:
         return [(key, SlotState.LOADING if key in loading else SlotState.READY) for key in keys if key is not None]
 
     def change_policy(self, policy: Policy, layers: Iterable[int] | None = None) -> None:
-        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents stay.
+        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents
+        stay.
 
         The policy is told of them as if they had just been admitted, the coldest of the old policy first. Raises
         RuntimeError if an event is open.
@@ -282,7 +283,7 @@ class ExpertCache:
             self._share = layer_shares(self.slots, self._share)
 
     def clear(self) -> None:
-        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError if one is in use."""
+        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError within one."""
         if self._event or self._loading:
             raise RuntimeError("clear: an event is open or a record is loading")
         for key in list(self._slot):

@@ -14,8 +14,9 @@ Counts = NDArray[np.int64]
 class Part:
     """Counts of one part of a replay, [L] each: by layer, in the order of :attr:`cache.simulate.ReplayResult.layers`.
 
-    ``prefetched`` records were asked for ahead, ``dropped`` ones of them given up before they were read. ``used`` are those
-    that an event found ready or on their way, ``wasted`` those that were read and evicted, or left over, before that.
+    ``prefetched`` records were asked for ahead, ``dropped`` ones of them given up before they were read. ``used`` are
+    those that an event found ready or on their way, ``wasted`` those that were read and evicted, or left over, before
+    that.
     """
 
     events: Counts
@@ -41,7 +42,9 @@ class Part:
     def hit_rates(self) -> NDArray[np.float64]:
         """:attr:`hit_rate` by layer, [L]; NaN without accesses."""
         accesses = self.hits + self.pending + self.misses
-        return np.divide(self.hits, accesses, out=np.full(len(accesses), np.nan), where=accesses > 0)
+        rates = np.full(len(accesses), np.nan)
+        np.divide(self.hits, accesses, out=rates, where=accesses > 0)
+        return rates
 
     @property
     def loads(self) -> int:

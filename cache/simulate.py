@@ -25,11 +25,11 @@ __all__ = ["Part", "Prediction", "ReplayResult", "ReplaySettings", "Seconds", "r
 class ReplaySettings:
     """What is replayed. ``slots`` are those of the whole cache, whatever the scope.
 
-    ``fresh_per_request`` empties the cache and forgets all history whenever the request changes; with ``keep_learned``
-    only the cache is emptied, and what policy and predictor have learned goes on. ``predictor`` names what foretells the
-    next event of a decoded token (None: nothing is prefetched), and ``prefetch_limit`` the most experts that it may ask
-    for (None: half of what a token takes). ``record_bytes`` gives the bytes, and with ``hardware`` the seconds; without
-    hardware a prefetch arrives before the next event.
+    ``fresh_per_request`` empties the cache and forgets all history whenever the request changes; with
+    ``keep_learned`` only the cache is emptied, and what policy and predictor have learned goes on. ``predictor``
+    names what foretells the next event of a decoded token (None: nothing is prefetched), and ``prefetch_limit`` the
+    most experts that it may ask for (None: half of what a token takes). ``record_bytes`` gives the bytes, and with
+    ``hardware`` the seconds; without hardware a prefetch arrives before the next event.
     """
 
     policy: str = "foresight"
@@ -54,8 +54,8 @@ class ReplaySettings:
 class ReplayResult:
     """``cold`` are the events that met a free slot they might have used, ``steady`` all others.
 
-    ``seconds`` are those of decoded tokens, ``prefill_seconds`` those of the rest, which count an expert's product of many
-    tokens as one of few. All three last fields are None where nothing was there to measure.
+    ``seconds`` are those of decoded tokens, ``prefill_seconds`` those of the rest, which count an expert's product of
+    many tokens as one of few. All three last fields are None where nothing was there to measure.
     """
 
     settings: ReplaySettings
@@ -115,9 +115,7 @@ class _Counts:
             table = np.array(list(rows.values()), dtype=np.int64).reshape(len(self.layers), len(PART_COLUMNS))
             return Part(*table.T.copy())
 
-        prefill, decode = (
-            Seconds(*row[:4].tolist(), tokens=int(row[4])) if settings.hardware else None for row in self.seconds
-        )
+        prefill, decode = (_seconds(row) if settings.hardware else None for row in self.seconds.tolist())
         prediction = Prediction(*self.prediction) if settings.predictor else None
         return ReplayResult(settings, self.layers, part(self.cold), part(self.steady), decode, prefill, prediction)
 
@@ -314,6 +312,11 @@ class _Replay:
     def _clocks(self) -> tuple[float, float, float, float]:
         lanes = self.timeline
         return (lanes.stall, lanes.disk_busy, lanes.link_busy, lanes.now) if lanes else (0.0, 0.0, 0.0, 0.0)
+
+
+def _seconds(row: list[float]) -> Seconds:
+    compute, stall, disk, link, tokens = row
+    return Seconds(compute, stall, disk, link, int(tokens))
 
 
 def _rows(events: Events) -> Iterator[tuple[int, bool, list[int]]]:

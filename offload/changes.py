@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
-from cache.policies import PolicyContext, PolicyError, make_policy
+from cache.cache_log import CacheSetup, LoggedCache
+from cache.policies import PolicyError
 from offload.config import EngineSettings
 from offload.errors import UsageError
 from offload.events import LiveChanges
@@ -34,14 +35,17 @@ def apply_changes(
             raise UsageError(f"{name} cannot be changed while a model is loaded; give --{name} at the start")
     changed = replace(settings, **wanted)
     if (changed.policy, changed.scope) != (settings.policy, settings.scope):
+        layers = tuple(module.layer for module in modules)
         experts = max(module.num_experts for module in modules)
-        context = PolicyContext(changed.scope, changed.seed or 0, layers=len(modules), experts=experts)
+        cache = runtime.cache
+        setup = CacheSetup(changed.policy, changed.scope, cache.slots, layers, experts, changed.seed or 0)
         try:
-            policy = make_policy(changed.policy, context)
+            if isinstance(cache, LoggedCache):
+                cache.change_setup(setup)
+            else:
+                cache.change_policy(setup.make_policy(), setup.shared_layers())
         except PolicyError as error:
             raise UsageError(f"--policy: {error}") from error
-        layers = [module.layer for module in modules] if changed.scope == "layer" else None
-        runtime.cache.change_policy(policy, layers)
     if changed.prefetch != settings.prefetch:
         runtime.predictor = make_prefetcher(changed.prefetch)
     return changed

@@ -154,6 +154,7 @@ class EngineSettings:
     verify: bool = False
     offline: bool = False
     trace_out: Path | None = None
+    cache_log: Path | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from cache.cache_log import LoggedCache
 from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
 from offload.changes import apply_changes
@@ -255,13 +257,17 @@ class Engine:
         self._runtime.close()
         self._storage.close()
         self._file.close()
-        if self._recorder is not None and self._settings.trace_out is not None:
-            try:
-                self._recorder.save(self._settings.trace_out)
-            except OSError as error:
-                raise RunLocalError(
-                    f"--trace-out: {self._settings.trace_out} cannot be written ({error.strerror or error})"
-                ) from error
+        cache = self._runtime.cache
+        outputs: list[tuple[str, Path | None, Callable[[Path], None] | None]] = [
+            ("--trace-out", self._settings.trace_out, self._recorder.save if self._recorder is not None else None),
+            ("--cache-log", self._settings.cache_log, cache.save if isinstance(cache, LoggedCache) else None),
+        ]
+        for flag, path, save in outputs:
+            if path is not None and save is not None:
+                try:
+                    save(path)
+                except OSError as error:
+                    raise RunLocalError(f"{flag}: {path} cannot be written ({error.strerror or error})") from error
 
     def __enter__(self) -> Engine:
         return self

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
+from cache.cache_log import CacheSetup, LoggedCache
 from cache.expert_cache import ExpertCache
 from cache.machines import Machine, MachineError, load_machine
-from cache.policies import PolicyContext, make_policy
 from cache.trace import TraceRecorder
 from offload.checkpoint.dense_file import ensure_dense
 from offload.checkpoint.expert_file import ExpertFile
@@ -136,9 +136,12 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         undo.pop_all()
     numbers = [module.layer for module in modules]
     most_experts = max(module.num_experts for module in modules)
-    context = PolicyContext(settings.scope, settings.seed or 0, layers=len(modules), experts=most_experts)
-    policy = make_policy(settings.policy, context)
-    cache = ExpertCache(len(storage.arena.available), policy, numbers if settings.scope == "layer" else None)
+    slots = len(storage.arena.available)
+    setup = CacheSetup(settings.policy, settings.scope, slots, tuple(numbers), most_experts, settings.seed or 0)
+    if settings.cache_log is not None:
+        cache: ExpertCache = LoggedCache(setup)
+    else:
+        cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers())
     text = model.config.get_text_config()
     recorder = None
     if settings.trace_out is not None:

@@ -55,8 +55,8 @@ class LiveEngine(ChatEngine, Protocol):
     """What can be changed while a model is loaded."""
 
     def change(self, changes: LiveChanges) -> None:
-        """Apply ``changes``: at once between two answers, and while one is generated before its next event is yielded or
-        its next token computed. What is resident stays.
+        """Apply ``changes``: at once between two answers, and while one is generated before its next event is yielded
+        or its next token computed. What is resident stays.
 
         Raises UsageError, with the names that exist, for what does not exist or cannot be changed; nothing is changed
         then.

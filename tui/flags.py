@@ -139,6 +139,7 @@ RUN_FLAGS = (
     Flag("--verify", switch, None, "check every checksum of the expert file before starting"),
     Flag("--stats-json", path, "FILE", "write the statistics of the session here at its end (overwrites)"),
     Flag("--trace-out", path, "FILE", "write the routing trace here at the end (overwrites)"),
+    Flag("--cache-log", path, "FILE", "write every decision of the expert cache here at the end (overwrites)"),
 )
 SAMPLING_FLAGS = (
     Flag("--temperature", number, "T", "0 is greedy (default: the model's own)"),

@@ -1,11 +1,10 @@
-"""Foresight: the next use of an expert, learned from the experts that this layer and its neighbours have just used."""
+"""Foresight: the next use of an expert, learned from the experts that its layer has just used."""
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,47 +13,36 @@ from cache.events import Events
 from cache.keys import ExpertKey
 from cache.policies.base import Policy, PolicyContext, PolicyError
 
-_EVIDENCE = 3  # own event, that of the layer before, the last one of the layer after
 _STEP = 32  # experts that tables grow by
 _RESCALE = 1e200
 _GAMMA_BEFOREHAND = 0.5  # while nothing is resident, as in training
 
 
-class _Layer:
-    """What is known of one layer. ``table`` is float32[3 E, E] (None: no room for one), the rest is [E]."""
+class _Foretold(NamedTuple):
+    """One event: the rows of the table of its experts, of those that foretold, and the uses foretold, float32[E]."""
 
-    __slots__ = ("absent", "after", "foretold", "order", "own", "residents", "rows", "table", "total", "uses", "weight")
-
-    def __init__(self, width: int, evidence: int) -> None:
-        self.table = np.zeros((evidence * width, width), np.float32)
-        self.uses = np.zeros(width)
-        self.weight = 1.0
-        self.total = 0.0
-        self.absent = np.full(width, math.inf)  # 0 where resident
-        self.residents = 0
-        self.rows: NDArray[np.intp] | None = None  # the last event's evidence, as rows of the table
-        self.foretold = np.zeros(width, np.float32)  # what it foretold
-        self.own: list[int] = []  # the last event's experts
-        self.after: int | None = None  # the layer whose event came next
-        self.order: list[tuple[float, int]] | None = None  # residents by score, while nothing changes
+    used: NDArray[np.intp]
+    rows: NDArray[np.intp]
+    uses: NDArray[np.float32]
 
 
 class Foresight(Policy):
-    """Gives up the record with the lowest foretold use: a learned part and the share of recent events that used it.
+    """Gives up the record with the lowest foretold use: a learned part, and the share of recent events that used it.
 
-    The learned part is a table from evidence to future use: the experts of this event, of the event before (the layer
-    below) and of the last event of the layer above each have a row, and their mean foretells the uses of this layer's
-    experts, later ones for less: an event counts ``gamma`` times the one before it, where ``gamma`` is 1 minus the share of
-    the layer's residents that one event takes. The table learns at every event by temporal differences: what was foretold
-    an event ago moves by ``rate`` of its error towards what happened, and what is foretold now. The other part is the
-    decayed count of ``ewma`` as a share, times ``mix``; an empty table leaves plain ``ewma``.
+    The learned part: each expert of a layer has a row in the layer's table, and the mean of the rows of an event's
+    first ``evidence`` experts by rank foretells the uses of all experts of the layer, later ones for less. An event
+    counts ``gamma`` times the one before it, where ``gamma`` is 1 minus the share of the layer's residents that one
+    event takes: the horizon is about the time that a record can stay. The rows learn by temporal differences: what
+    was foretold an event ago moves by ``rate`` of its error towards what happened and what is foretold now. The other
+    part is the decayed count of ``ewma`` as a share of events, times ``mix``; with an empty table only that is left.
 
-    Tables take ``table_mib`` at most: a model with so many experts that three kinds of evidence do not fit learns from
-    its own layer's alone, or not at all. An event costs O(k E) additions in numpy, E the experts of one layer.
+    The tables take 4 E^2 bytes a layer (E experts); if that is more than ``table_mib`` in all there are none, and
+    this is ``ewma``. Learning waits until the forward pass is through and is done for all layers at once, which
+    changes no result: a layer's table is next used in the next pass.
 
     Sources: Sutton, "Learning to predict by the methods of temporal differences", Machine Learning 3, 1988; Dayan,
     "Improving generalization for temporal difference learning: the successor representation", Neural Computation 5(4),
-    1993. Their use for experts is ours (docs/cache.md tells what was tried).
+    1993. To use them for experts is ours; docs/cache.md tells what else was tried.
     """
 
     name = "foresight"
@@ -68,24 +56,29 @@ class Foresight(Policy):
         half_life: float = 16.0,
         mix: float = 0.5,
         rate: float = 0.15,
+        evidence: int = 4,
         table_mib: float = 16.0,
     ) -> None:
         for name, value, top in (("half_life", half_life, math.inf), ("mix", mix, math.inf), ("rate", rate, 1.0)):
             if not (0 < value <= top and math.isfinite(value)):
-                raise PolicyError(
-                    f"foresight: {name} must be above 0{' and at most 1' if top == 1 else ''}, not {value}"
-                )
-        if not (0 <= table_mib < 2**20):
+                limit = " and at most 1" if top == 1 else ""
+                raise PolicyError(f"foresight: {name} must be above 0{limit}, not {value}")
+        if evidence < 1:
+            raise PolicyError(f"foresight: evidence must be at least 1, not {evidence}")
+        if not 0 <= table_mib < 2**20:
             raise PolicyError(f"foresight: table_mib must be at least 0, not {table_mib}")
         self._growth = 2.0 ** (1 / half_life)
-        self._mix = mix
-        self._rate = rate
+        self._mix, self._rate, self._evidence = mix, rate, evidence
         self._table_bytes = int(table_mib * 2**20)
-        self._layer_count = layers or 64
-        self._width = -(-max(1, experts) // _STEP) * _STEP
-        self._evidence = self._evidence_that_fits()
-        self._layers: dict[int, _Layer] = {}
-        self._before: int | None = None  # the layer of the event before
+        self._index: dict[int, int] = {}  # layer -> row of the arrays below
+        self._numbers: list[int] = []
+        self._weight: list[float] = []  # of a use in the layer's next event; grows instead of letting old uses decay
+        self._total: list[float] = []  # of all events so far
+        self._residents: list[int] = []
+        self._last: list[_Foretold | None] = []
+        self._waiting: dict[int, tuple[_Foretold, _Foretold, float]] = {}  # what is to be learned: before, now, gamma
+        self._stale: set[int] = set()  # layers whose scores have changed
+        self._make_arrays(layers or 8, -(-max(1, experts) // _STEP) * _STEP)
 
     @classmethod
     def create(cls, context: PolicyContext, **values: Any) -> Foresight:
@@ -97,92 +90,64 @@ class Foresight(Policy):
     def record_event(self, keys: Sequence[ExpertKey]) -> None:
         if not keys:
             return
-        number, experts = keys[0].layer, [key.expert for key in keys]
+        experts = [key[1] for key in keys]
         if max(experts) >= self._width:
-            self._grow(max(experts) + 1)
-        layer = self._layers.get(number)
-        if layer is None:
-            layer = self._layers[number] = _Layer(self._width, self._evidence)
-        chosen = np.array(experts)
-        layer.order = None
-        if self._evidence:
-            self._learn(layer, chosen, self._rows(layer, experts))
-        layer.weight *= self._growth
-        layer.total += layer.weight
-        layer.uses[chosen] += layer.weight
-        if layer.weight > _RESCALE:
-            layer.uses /= layer.weight
-            layer.total /= layer.weight
-            layer.weight = 1.0
-        layer.own = experts
-        if self._before is not None:
-            self._layers[self._before].after = number
-        self._before = number
-
-    def _rows(self, layer: _Layer, experts: list[int]) -> NDArray[np.intp]:
-        rows = experts
-        if self._evidence > 1:
-            width = self._width
-            if self._before is not None:
-                rows = rows + [width + expert for expert in self._layers[self._before].own]
-            if layer.after is not None:
-                rows = rows + [2 * width + expert for expert in self._layers[layer.after].own]
-        return np.array(rows)
-
-    def _learn(self, layer: _Layer, chosen: NDArray[np.intp], rows: NDArray[np.intp]) -> None:
-        """Foretell from ``rows``, and move what the event before foretold towards what has become of it."""
-        foretold = np.add.reduce(layer.table[rows], 0)
-        foretold *= np.float32(1 / len(rows))
-        if layer.rows is not None:
-            gamma = max(0.0, 1.0 - len(chosen) / layer.residents) if layer.residents else _GAMMA_BEFOREHAND
-            error = foretold * np.float32(gamma)
-            error -= layer.foretold
-            error[chosen] += np.float32(1 - gamma)
-            error *= np.float32(self._rate)
-            layer.table[layer.rows] += error
-        layer.rows, layer.foretold = rows, foretold
+            self._grow(len(self._uses), max(experts) + 1)
+        at = self._row_of(keys[0][0])
+        base = at * self._width
+        rows = np.array([base + expert for expert in experts])
+        if self._table is not None:
+            self._foretell(at, rows)
+        weight = self._weight[at] = self._weight[at] * self._growth
+        self._total[at] += weight
+        self._flat_uses[rows] += weight
+        if weight > _RESCALE:
+            self._uses[at] /= weight
+            self._total[at] /= weight
+            self._weight[at] = 1.0
+        self._stale.add(at)
 
     def admit(self, key: ExpertKey) -> None:
         if key.expert >= self._width:
-            self._grow(key.expert + 1)
-        layer = self._layers.get(key.layer)
-        if layer is None:
-            layer = self._layers[key.layer] = _Layer(self._width, self._evidence)
-        layer.absent[key.expert] = 0.0
-        layer.residents += 1
-        layer.order = None
+            self._grow(len(self._uses), key.expert + 1)
+        at = self._row_of(key.layer)
+        self._absent[at, key.expert] = 0.0
+        self._residents[at] += 1
+        self._stale.add(at)
 
     def evict(self, key: ExpertKey) -> None:
-        layer = self._layers[key.layer]
-        layer.absent[key.expert] = math.inf
-        layer.residents -= 1
-        layer.order = None
+        at = self._index[key.layer]
+        self._absent[at, key.expert] = math.inf
+        self._residents[at] -= 1
+        if at not in self._stale:
+            self._scores[at, key.expert] = math.inf
+            self._find_lowest(at)
 
     def victims(self, n: int, protected: Collection[ExpertKey], layer: int | None = None) -> list[ExpertKey] | None:
         if n <= 0:
             return []
         if layer is None:
             return self._victims_of_all(n, protected)
-        state = self._layers.get(layer)
-        if state is None or n > state.residents:
+        at = self._index.get(layer)
+        if at is None or n > self._residents[at]:
             return None
-        scores = self._scores(state)
-        scores[[key.expert for key in protected if key.layer == layer and key.expert < self._width]] = math.inf
-        best = [int(scores.argmin())] if n == 1 else scores.argsort(kind="stable")[:n].tolist()
-        if scores[best[-1]] == math.inf:
-            return None
-        return [ExpertKey(layer, expert) for expert in best]
+        scores = self._scores_of(at)
+        chosen: list[ExpertKey] = []
+        while len(chosen) < n:
+            expert = scores.argmin()
+            if scores[expert] == math.inf:
+                return None
+            scores[expert] = math.inf
+            key = ExpertKey(layer, int(expert))
+            if key not in protected:  # what an event has just used is seldom the lowest
+                chosen.append(key)
+        return chosen
 
     def resident(self) -> set[ExpertKey]:
+        rows, experts = np.nonzero(self._absent == 0)
         return {
-            ExpertKey(number, expert)
-            for number, layer in self._layers.items()
-            for expert in np.flatnonzero(layer.absent == 0).tolist()
+            ExpertKey(self._numbers[at], expert) for at, expert in zip(rows.tolist(), experts.tolist(), strict=True)
         }
-
-    def score(self, key: ExpertKey) -> float:
-        """The foretold use of ``key`` (and infinity if it is not resident)."""
-        return float(self._scores(self._layers[key.layer])[key.expert])
 
     def train(self, events: Events) -> None:
         """Learn from the events of other requests."""
@@ -190,57 +155,121 @@ class Foresight(Policy):
             self.record_event([ExpertKey(number, expert) for expert in experts])
 
     def check_integrity(self) -> None:
-        for layer in self._layers.values():
-            assert layer.residents == int((layer.absent == 0).sum()), "residents are counted"
-            assert np.isfinite(layer.table).all() and np.isfinite(layer.uses).all(), "nothing overflows"
-            assert layer.table.nbytes * self._layer_count <= max(self._table_bytes, 0), "tables stay in their room"
+        assert self._residents == (self._absent == 0).sum(1).tolist()[: len(self._numbers)], "residents are counted"
+        assert np.isfinite(self._uses).all(), "nothing overflows"
+        assert self._table is None or self._table.nbytes <= self._table_bytes, "the tables stay in their room"
+        for at in set(range(len(self._numbers))) - self._stale:
+            assert np.array_equal(self._scores[at], self._scores_of(at)), "scores that nothing changed are right"
+            assert self._lowest[at] == self._scores[at].min(), "and the lowest is known"
 
-    def _scores(self, layer: _Layer) -> NDArray[np.float64]:
-        scores = layer.uses * (self._mix / layer.total if layer.total else 0.0)
-        scores += layer.foretold
-        scores += layer.absent
+    def _foretell(self, at: int, used: NDArray[np.intp]) -> None:
+        if at in self._waiting:
+            self._learn()
+        assert self._table is not None
+        rows = used[: self._evidence]
+        uses = np.add.reduce(self._table.take(rows, 0), 0)
+        uses *= np.float32(1 / len(rows))
+        now, before = _Foretold(used, rows, uses), self._last[at]
+        if before is not None:
+            residents = self._residents[at]
+            gamma = max(0.0, 1.0 - len(used) / residents) if residents else _GAMMA_BEFOREHAND
+            self._waiting[at] = before, now, gamma
+        self._last[at] = now
+
+    def _learn(self) -> None:
+        """Move what the events before foretold towards what has become of it: one event of each layer that waits."""
+        assert self._table is not None
+        before, now, gammas = zip(*self._waiting.values(), strict=True)
+        gamma = np.array(gammas)
+        error = np.array([foretold.uses for foretold in now])
+        error *= gamma.astype(np.float32)[:, None]
+        error -= np.array([foretold.uses for foretold in before])
+        counts = [len(foretold.used) for foretold in now]
+        places = (np.arange(len(now)) - list(self._waiting)) * self._width  # from rows of the table to those of error
+        used = np.concatenate([foretold.used for foretold in now]) + np.repeat(places, counts)
+        error.reshape(-1)[used] += np.repeat((1 - gamma).astype(np.float32), counts)
+        error *= np.float32(self._rate)
+        rows = np.concatenate([foretold.rows for foretold in before])
+        self._table[rows] += np.repeat(error, [len(foretold.rows) for foretold in before], axis=0)
+        self._waiting.clear()
+
+    def _scores_of(self, at: int) -> NDArray[np.float64]:
+        """Foretold uses of the residents of a layer, [E]; infinity for all others."""
+        total, last = self._total[at], self._last[at]
+        scores: NDArray[np.float64] = self._uses[at] * (self._mix / total if total else 0.0)
+        if last is not None:
+            scores += last.uses
+        scores += self._absent[at]
         return scores
 
     def _victims_of_all(self, n: int, protected: Collection[ExpertKey]) -> list[ExpertKey] | None:
-        """The lowest scores of all layers: each layer's residents are sorted once for as long as nothing changes there."""
-        heads = []
-        for number, layer in self._layers.items():
-            if layer.residents:
-                if layer.order is None:
-                    scores = self._scores(layer)
-                    best = scores.argsort(kind="stable")[: layer.residents]
-                    layer.order = list(zip(scores[best].tolist(), best.tolist(), strict=True))
-                heads.append((*layer.order[0], number, 0))
-        heapq.heapify(heads)
+        """The lowest scores of all layers, of equals the lowest expert of the lowest layer seen first.
+
+        Each layer's lowest score is known as long as nothing changes there, so only changed layers are looked through.
+        """
+        for at in self._stale:
+            self._scores[at] = self._scores_of(at)
+            self._find_lowest(at)
+        self._stale.clear()
         chosen: list[ExpertKey] = []
-        while heads and len(chosen) < n:
-            _, expert, number, at = heads[0]
-            key = ExpertKey(number, expert)
+        taken: list[tuple[int, int, float]] = []  # to be put back
+        while len(chosen) < n:
+            at = int(self._lowest.argmin())
+            score = float(self._lowest[at])
+            if score == math.inf:
+                break
+            expert = int(self._coldest[at])
+            taken.append((at, expert, score))
+            self._scores[at, expert] = math.inf
+            self._find_lowest(at)
+            key = ExpertKey(self._numbers[at], expert)
             if key not in protected:
                 chosen.append(key)
-            order = self._layers[number].order
-            assert order is not None
-            if at + 1 < len(order):
-                heapq.heapreplace(heads, (*order[at + 1], number, at + 1))
-            else:
-                heapq.heappop(heads)
+        for at, expert, score in reversed(taken):
+            self._scores[at, expert] = self._lowest[at] = score
+            self._coldest[at] = expert
         return chosen if len(chosen) == n else None
 
-    def _evidence_that_fits(self) -> int:
-        """Kinds of evidence that the tables have room for: 3, 1 or 0."""
-        table = 4 * self._width**2 * self._layer_count
-        return next(kinds for kinds in (_EVIDENCE, 1, 0) if kinds * table <= self._table_bytes)
+    def _find_lowest(self, at: int) -> None:
+        scores = self._scores[at]
+        expert = scores.argmin()
+        self._coldest[at] = expert
+        self._lowest[at] = scores[expert]
 
-    def _grow(self, experts: int) -> None:
-        """Make room for more experts a layer than were known of. Rows change their places, and rows that wait are dropped."""
-        old, kinds = self._width, self._evidence
-        self._width = -(-experts // _STEP) * _STEP
-        self._evidence = min(kinds, self._evidence_that_fits())
-        more = self._width - old
-        for layer in self._layers.values():
-            table = layer.table.reshape(kinds, old, old)[: self._evidence]
-            layer.table = np.pad(table, ((0, 0), (0, more), (0, more))).reshape(-1, self._width)
-            layer.uses = np.pad(layer.uses, (0, more))
-            layer.foretold = np.pad(layer.foretold, (0, more))
-            layer.absent = np.pad(layer.absent, (0, more), constant_values=math.inf)
-            layer.rows = layer.order = None
+    def _row_of(self, layer: int) -> int:
+        at = self._index.get(layer)
+        if at is None:
+            at = self._index[layer] = len(self._numbers)
+            self._numbers.append(layer)
+            self._weight.append(1.0)
+            self._total.append(0.0)
+            self._residents.append(0)
+            self._last.append(None)
+            if at >= len(self._uses):
+                self._grow(2 * at, self._width)
+        return at
+
+    def _make_arrays(self, layers: int, width: int) -> None:
+        self._width = width
+        self._uses = np.zeros((layers, width))
+        self._absent = np.full((layers, width), math.inf)
+        self._scores = np.full((layers, width), math.inf)
+        self._lowest = np.full(layers, math.inf)
+        self._coldest = np.zeros(layers, np.int64)
+        fits = 4 * layers * width**2 <= self._table_bytes
+        self._table: NDArray[np.float32] | None = np.zeros((layers * width, width), np.float32) if fits else None
+        self._flat_uses = self._uses.reshape(-1)
+
+    def _grow(self, layers: int, experts: int) -> None:
+        """Make room for layers and experts that were not known of. What the last events foretold is dropped."""
+        if self._waiting:
+            self._learn()
+        uses, absent, table, (old_layers, old) = self._uses, self._absent, self._table, self._uses.shape
+        self._make_arrays(layers, -(-experts // _STEP) * _STEP)
+        self._uses[:old_layers, :old] = uses
+        self._absent[:old_layers, :old] = absent
+        if self._table is not None and table is not None:
+            room = self._table.reshape(layers, self._width, self._width)
+            room[:old_layers, :old, :old] = table.reshape(old_layers, old, old)
+        self._last = [None] * len(self._last)
+        self._stale = set(range(len(self._numbers)))

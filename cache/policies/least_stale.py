@@ -13,11 +13,11 @@ from cache.policies.base import Policy
 class LeastStale(Policy):
     """LRU among what earlier forward passes touched; then what this pass has used; last what it has only prefetched.
 
-    So a prefetched record is not evicted before the pass comes to it, which LRU does. Without prefetches it is LRU. A pass
-    begins with an event whose layer is not above the one before.
+    So a prefetched record is not evicted before the pass comes to it, which LRU does. Without prefetches it is LRU. A
+    pass begins with an event whose layer is not above the one before.
 
-    Source: Hoang et al., "SpecMD: a comprehensive study on speculative expert prefetching", 2026 (after its description:
-    the order within the current pass is ours).
+    Source: Hoang et al., "SpecMD: a comprehensive study on speculative expert prefetching", 2026 (after its
+    description: the order within the current pass is ours).
     """
 
     name = "least-stale"

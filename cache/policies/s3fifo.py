@@ -14,7 +14,8 @@ _MOST_USES = 3
 
 
 class S3FIFO(QueuedPolicy):
-    """New records go through a small queue; those used more than once there, or soon after they left, get to the main one.
+    """New records go through a small queue; those used more than once there, or soon after they left, get to the main
+    one.
 
     A victim comes from the small queue while it has at least ``small`` of all residents, else from the main one, whose
     records get another round for each use, at most three.

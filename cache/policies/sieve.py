@@ -18,7 +18,8 @@ class Sieve(QueuedPolicy):
     The hand cuts the queue in two: what it has passed in this round, and what lies ahead. New records go to the end of
     the queue, so the hand meets them before it starts again with the oldest.
 
-    Source: Zhang et al., "SIEVE is simpler than LRU: an efficient turn-key eviction algorithm for web caches", NSDI 2024.
+    Source: Zhang et al., "SIEVE is simpler than LRU: an efficient turn-key eviction algorithm for web caches", NSDI
+    2024.
     """
 
     name = "sieve"

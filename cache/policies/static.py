@@ -15,11 +15,12 @@ from cache.policies.scored import ScoredPolicy
 class Static(ScoredPolicy):
     """Gives up the record with the fewest uses in ``FILE``, the least recent of equals first. Learns nothing.
 
-    ``static:FILE`` takes a trace or a file of counts (:mod:`cache.counts`); in a replay ``static`` takes the requests that
-    are there to learn from.
+    ``static:FILE`` takes a trace or a file of counts (:mod:`cache.counts`); in a replay ``static`` takes the requests
+    that are there to learn from.
     """
 
     name = "static"
+    growing = True
     takes = "file"
 
     def __init__(self, uses: Mapping[ExpertKey, float]) -> None:

@@ -32,8 +32,8 @@ class PredictorContext:
 class Predictor(ABC):
     """Foretells the experts of the event that comes next, from those that came before.
 
-    It is told of every event (:meth:`record_event`) in order, learns from it, and can then be asked for the layer after it
-    (:meth:`predict`), which after the last layer is the first one of the next token. Asking changes nothing.
+    It is told of every event (:meth:`record_event`) in order, learns from it, and can then be asked for the layer
+    after it (:meth:`predict`), which after the last layer is the first one of the next token. Asking changes nothing.
     """
 
     name: ClassVar[str]
@@ -54,13 +54,13 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict(self, layer: int, limit: int) -> list[int]:
-        """At most ``limit`` experts of the layer after ``layer``, whose event was the last recorded, likeliest first."""
+        """At most ``limit`` experts of the layer after ``layer``, that of the last event, likeliest first."""
 
     def state(self) -> State:
         """What was learned; empty for those that learn nothing that lasts."""
         return {}
 
-    def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+    def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027 - some have none
         """Go on from :meth:`state` of a predictor of the same model. Raises PredictorError if it does not fit."""
 
     def array(self, state: Mapping[str, NDArray[Any]], name: str, like: NDArray[Any]) -> NDArray[Any]:

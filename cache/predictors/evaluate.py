@@ -41,8 +41,8 @@ def evaluate(
 ) -> list[PredictionScore]:
     """Score predictor ``name`` on ``events``, once for each number of guesses in ``limits``.
 
-    Every decode event that comes right after one of the layer before it is foretold, and then learned from; ``training``
-    is learned from first. ``experts`` is the most that a layer has. Raises PredictorError.
+    Every decode event that comes right after one of the layer before it is foretold, and then learned from;
+    ``training`` is learned from first. ``experts`` is the most that a layer has. Raises PredictorError.
     """
     layers = tuple(sorted({*events.layers(), *(training.layers() if training is not None else ())}))
     predictor = make_predictor(name, PredictorContext(layers, experts, events))

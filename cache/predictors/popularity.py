@@ -12,7 +12,7 @@ from cache.predictors.base import Predictor, PredictorContext, State
 
 
 class Popularity(Predictor):
-    """Those of the next layer with the most events, the lowest number of equals first. Experts never used are left out."""
+    """Those of the next layer with the most events, the lowest number of equals first; nobody that was never used."""
 
     name = "popularity"
 

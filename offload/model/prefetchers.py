@@ -20,8 +20,8 @@ class Prefetcher(Protocol):
     def predict(self, layer: int, hidden: torch.Tensor, top_k: int) -> tuple[int, list[int]] | None:
         """The number of the layer after ``layer`` and its likeliest experts, best first, for ``hidden`` [1, H].
 
-        Half of ``top_k``: three in four of these are used, but only one in two of the others (docs/performance.md). None
-        where there is nothing to go by.
+        Half of ``top_k``: three in four of these are used, but only one in two of the others (docs/performance.md).
+        None where there is nothing to go by.
         """
         ...
 

@@ -21,8 +21,8 @@ Barred = Callable[[ExpertKey], bool]
 class Reference:
     """Keeps the residents in the order of their admission and runs :meth:`choose` on a copy of itself.
 
-    ``choose`` may change that copy as its algorithm does; when a victim is evicted, the copy as it was after choosing that
-    victim becomes the policy.
+    ``choose`` may change that copy as its algorithm does; when a victim is evicted, the copy as it was after choosing
+    that victim becomes the policy.
     """
 
     def __init__(self) -> None:
@@ -421,25 +421,19 @@ class Foresight(Ordered):
     def __init__(self, half_life: float = 16.0, mix: float = 0.5, rate: float = 0.15) -> None:
         super().__init__()
         self.growth, self.mix, self.rate = 2 ** (1 / half_life), mix, rate
-        self.table: dict[tuple[int, str, int], dict[int, np.float32]] = {}
+        self.table: dict[tuple[int, int], dict[int, np.float32]] = {}
         self.uses: dict[int, dict[int, float]] = {}
         self.weight: dict[int, float] = {}
         self.total: dict[int, float] = {}
-        self.evidence: dict[int, list[tuple[int, str, int]]] = {}
+        self.evidence: dict[int, list[tuple[int, int]]] = {}
         self.foretold: dict[int, dict[int, np.float32]] = {}
-        self.last: dict[int, list[int]] = {}
-        self.after: dict[int, int] = {}
-        self.before: int | None = None
+        self.seen: list[int] = []
 
     def event(self, keys: Keys) -> None:
         if not keys:
             return
         layer, chosen = keys[0].layer, [key.expert for key in keys]
-        evidence = [(layer, "own", expert) for expert in chosen]
-        if self.before is not None:
-            evidence += [(layer, "below", expert) for expert in self.last[self.before]]
-        if layer in self.after:
-            evidence += [(layer, "above", expert) for expert in self.last[self.after[layer]]]
+        evidence = [(layer, expert) for expert in chosen[:4]]
         now: dict[int, np.float32] = {}
         share = np.float32(1 / len(evidence))
         for expert in range(64):
@@ -464,15 +458,18 @@ class Foresight(Ordered):
         uses = self.uses.setdefault(layer, {})
         for expert in chosen:
             uses[expert] = uses.get(expert, 0.0) + self.weight[layer]
-        if self.before is not None:
-            self.after[self.before] = layer
-        self.last[layer], self.before = chosen, layer
+        if layer not in self.seen:
+            self.seen.append(layer)
+
+    def admitted(self, key: ExpertKey) -> None:
+        if key.layer not in self.seen:
+            self.seen.append(key.layer)
 
     def rank(self, key: ExpertKey) -> Any:
         total = self.total.get(key.layer)
         score = self.uses.get(key.layer, {}).get(key.expert, 0.0) * (self.mix / total if total else 0.0)
         score += float(self.foretold.get(key.layer, {}).get(key.expert, np.float32(0)))
-        return score, key.expert, key.layer
+        return score, self.seen.index(key.layer), key.expert
 
 
 REFERENCES: dict[str, Callable[[int, Events], Reference]] = {

@@ -228,7 +228,7 @@ TestCacheMachine = CacheMachine.TestCase
 
 
 class LayerMachine(RuleBasedStateMachine):
-    """The scope ``layer``: whole events, changes of policy and scope, prefetches; shares hold once they were reached."""
+    """The scope ``layer``: whole events, changes of policy and scope, prefetches; shares hold once reached."""
 
     @initialize(slots=st.integers(1, 12), policy=st.sampled_from(SPECS))
     def start(self, slots: int, policy: str) -> None:

@@ -20,7 +20,7 @@ from cache.trace import load_trace
 from tests.cache.specs import SPECS, events_of, random_events
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "traces"
-# Trace, slots a layer, and hit rates in percent: measured by others with per-layer slots, each request from a cold cache.
+# Trace, slots a layer, hit rates in percent: measured by others, layers apart, each request from a cold cache.
 PUBLISHED = [
     ("gpt-oss-20b-decode-a", 8, {"lru": 63.71, "lfu": 67.60, "ewma": 68.65, "belady": 76.39}),
     ("gpt-oss-20b-decode-a", 16, {"lru": 89.12, "lfu": 90.54, "ewma": 91.12, "belady": 94.27}),

@@ -93,9 +93,9 @@ def test_budgets_that_cannot_work() -> None:
     least = -(-ram_fixed(QWEN, BASELINE, 5) // MIB)
     with pytest.raises(BudgetError, match=rf"the smallest that works is --ram {least}MiB"):
         make_tier_plan("m", "cuda", QWEN, BASELINE, 28 * GIB, card, 5, Asked(ram=100 * MIB))
-    with pytest.raises(BudgetError, match="cuda has 8.00 GiB"):
+    with pytest.raises(BudgetError, match=r"cuda has 8\.00 GiB"):
         make_tier_plan("m", "cuda", QWEN, BASELINE, 28 * GIB, card, 5, Asked(vram=9 * GIB))
-    with pytest.raises(BudgetError, match="of VRAM at 4096 tokens .* smaller --ctx"):
+    with pytest.raises(BudgetError, match=r"of VRAM at 4096 tokens .* smaller --ctx"):
         make_tier_plan("m", "cuda", QWEN, BASELINE, 28 * GIB, replace(card, free=2 * GIB), 5, Asked())
     assert make_tier_plan("m", "cuda", QWEN, BASELINE, 0, card, 5, Asked(ram=least * MIB)).host_slots == 0
 
