@@ -235,7 +235,7 @@ def test_statistics_are_true_sums(engine: Engine) -> None:
     assert set(stats.to_json()) == {
         "model", "device", "format", "dense_format", "policy", "prefetch", "seed", "prompt_tokens", "new_tokens",
         "start_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds", "memory",
-        "host_tier", "virtual",
+        "host_tier", "virtual", "scope",
     }  # fmt: skip
     json.dumps(stats.to_json(), allow_nan=False)
 

@@ -318,14 +318,15 @@ class TieredLoads(Loads):
 
     def _land(self, key: ExpertKey, job: _Job, kept: bool, arrived: bool) -> None:
         """A load is over: bookkeeping of the host tier, and the order of what follows."""
-        if job.fence is not None:
+        if arrived:
             self.link.host_to_device += job.size
+        if job.fence is not None:
             self._link.join(job.fence)
             self._last_fill[job.slot] = job.fence
             if job.source is not None:
                 self._last_copy[job.source] = job.fence
-        else:
-            self._last_use[job.slot] = job.after  # it never began: who comes next waits in its place
+        if not arrived:  # who comes next waits for what it had to wait for, however far it came
+            self._last_use[job.slot] = [*job.after, *([job.fence] if job.fence is not None else [])]
         if kept:
             if arrived:
                 self.tier.commit(key)

@@ -163,7 +163,8 @@ class SimLink(Link):
                 self.hold.wait()
                 target[:size] = torch.from_numpy(origin[:size])
 
-            fence = self._up.launch(copy, after)
+            times = [fence.time for fence in after if isinstance(fence, SimFence)]
+            fence = self._up.launch(copy, after, max(times, default=0.0))
             self._host.busy[source] = self._arena.filled[slot] = fence
             self._arena.used.pop(slot, None)
             self._world.uploaded += size
