@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -91,6 +92,7 @@ class Engine:
         self,
         *,
         model: PreTrainedModel,
+        decoding: AbstractContextManager[None],
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
         plan: AnyPlan,
@@ -103,6 +105,7 @@ class Engine:
         settings: EngineSettings,
     ) -> None:
         self._model = model
+        self._decoding = decoding
         self._encoder = encoder
         self._defaults = generation_config
         self._plan = plan
@@ -295,7 +298,8 @@ class Engine:
             while len(tokens) < limit:
                 if self._runtime.cancelled.is_set():
                     raise Cancelled
-                token = sampler(tokens, logits)
+                with self._decoding:
+                    token = sampler(tokens, logits)
                 tokens.append(token)
                 tally.new_tokens += 1
                 if tally.new_tokens == 1:
@@ -344,7 +348,8 @@ class Engine:
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         began = self._device.now()
-        logits = self._forward([token], decode=True)[-1]
+        with self._decoding:
+            logits = self._forward([token], decode=True)[-1]
         tally.decode_seconds += self._device.now() - began
         tally.decode_steps += 1
         return logits

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import GenerationConfig
 
 from cache.cache_log import CacheSetup, LoggedCache
@@ -23,6 +24,7 @@ from offload.compute.calibration import crossover
 from offload.compute.choose import expert_compute
 from offload.compute.kernels import load_kernels
 from offload.compute.product import DECODE_BYTES, Products
+from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
@@ -40,6 +42,7 @@ from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_cache_bytes
+from offload.model.norms import fuse_norms
 from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.skeleton import load_skeleton, skeleton_bytes
@@ -129,7 +132,9 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
         model = load_skeleton(source, device.load_device, on_event, dense, products)
         if _quantised(settings) and device.groups_attention:
-            use_grouped_attention(model)
+            use_grouped_attention(model, products.kernels)
+            if products.kernels is not None:
+                fuse_norms(model, products.kernels)
         device.place(model)
         release_free_memory()
         storage = open_storage(device, plan, file, settings, on_event)
@@ -151,8 +156,13 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     compute = device.experts(expert_compute(weight_format, products))
     runtime = ExpertRuntime(cache, storage.arena, storage.loads, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
+    decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
+        products.kernels.threads = torch.get_num_threads()
+        decoding = OneThread()
     return {
         "model": model,
+        "decoding": decoding,
         "encoder": encoder,
         "generation_config": generation_config,
         "plan": plan,

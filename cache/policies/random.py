@@ -13,7 +13,7 @@ _MASK = 2**64 - 1
 
 
 class Random(Policy):
-    """Gives up any record, each as likely. Draws from the seed and the number of evictions, so asking changes nothing."""
+    """Gives up any record, each as likely. Draws from the seed and the number of evictions: asking changes nothing."""
 
     name = "random"
 

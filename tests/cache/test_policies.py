@@ -90,7 +90,7 @@ class TestConformance:
     def test_stays_consistent(self, spec: str, scope: str, data: st.DataObject) -> None:
         policy = make(spec, scope)
         resident: set[ExpertKey] = set()
-        for _ in range(60):
+        for _ in range(40):
             event = keys(*data.draw(st.sets(st.integers(0, 20), min_size=1, max_size=4)))
             policy.record_event(event)
             for key in event:

@@ -40,7 +40,7 @@ def run(events: Events, **changes: object) -> ReplayResult:
         (name, slots, policy, rate)
         for name, slots, rates in PUBLISHED
         for policy, rate in rates.items()
-        if name == "qwen-route" or policy in ("lru", "belady")
+        if name == "qwen-route" or (policy, slots) == ("lru", 8)
     ],
 )
 def test_published_hit_rates(name: str, slots: int, policy: str, rate: float) -> None:
