@@ -18,11 +18,15 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.hub import ResolvedModel
 from offload.checkpoint.library import OnEvent, ensure_pack
+from offload.checkpoint.model_folder import side_folder
+from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import crossover
 from offload.compute.choose import expert_compute
+from offload.compute.decoded import decode_bytes
 from offload.compute.kernels import load_kernels
+from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
@@ -78,6 +82,7 @@ def plan_only(settings: EngineSettings, on_event: OnEvent, hardware: str | None 
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
+    _say_quantised(settings, resolved.name, source, on_event)
     device = get_device(settings.device) if machine is None else PaperDevice(machine)
     with contextlib.closing(device):
         available = None if machine is None else machine.ram_bytes
@@ -111,6 +116,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         )
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
+    _say_quantised(settings, resolved.name, source, on_event)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
     with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
@@ -118,7 +124,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         plan = _plan(settings, resolved, source, device)  # before packing: a budget that is too small is said at once
         if device.virtual:
             on_event(Notice(f"{device.name} is a pretend GPU: all seconds and rates are what that machine would take"))
-        _say_what_fits(settings, plan, on_event)
+        _say_what_fits(settings, plan, source.method, on_event)
         if not isinstance(plan, Plan):
             device.set_budget(plan.vram_budget - plan.vram.reserved)
         folder = ensure_pack(source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event)
@@ -153,7 +159,8 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         recorder = TraceRecorder(resolved.name, len(modules), most_experts, _top_k(text))
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules)
-    compute = device.experts(expert_compute(weight_format, products))
+    decoders = _decoders(settings, device, source, on_event)
+    compute = device.experts(expert_compute(weight_format, products, decoders))
     runtime = ExpertRuntime(cache, storage.arena, storage.loads, file, weight_format, compute, recorder, predictor)
     runtime.attach(modules)
     decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -185,7 +192,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     }
 
 
-def _say_what_fits(settings: EngineSettings, plan: AnyPlan, on_event: OnEvent) -> None:
+def _say_what_fits(settings: EngineSettings, plan: AnyPlan, method: object, on_event: OnEvent) -> None:
     if _demo_residency(settings):
         on_event(
             Notice(
@@ -193,13 +200,25 @@ def _say_what_fits(settings: EngineSettings, plan: AnyPlan, on_event: OnEvent) -
                 "the cache has something to do (--residency 1 holds all)"
             )
         )
-    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME:
+    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME and method is None:
         on_event(
             Notice(
                 f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
                 "almost four times as many do, at some loss of quality (--dense-format int8 makes room, too)"
             )
         )
+
+
+def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource, on_event: OnEvent) -> None:
+    """What becomes of the weights of a quantised checkpoint."""
+    if source.method is None:
+        return
+    experts = "stay as published" if settings.format == "native" else f"are packed as {settings.format}"
+    dtype = str(source.dtype).removeprefix("torch.")
+    rest = f"the other weights are held in {dtype} (--dense-format int8 makes them smaller)"
+    if settings.dense_format != "native":
+        rest = f"the other matrices are held in {settings.dense_format}"
+    on_event(Notice(f"{name} is quantised ({source.method.name}): its experts {experts}, {rest}"))
 
 
 def _products(settings: EngineSettings, device: Device, on_event: OnEvent) -> Products:
@@ -212,6 +231,19 @@ def _products(settings: EngineSettings, device: Device, on_event: OnEvent) -> Pr
 
     kernels = load_kernels(failed)
     return Products(kernels, crossover(kernels, on_event))
+
+
+def _decoders(
+    settings: EngineSettings, device: Device, source: CheckpointSource, on_event: OnEvent
+) -> Decoders | None:
+    """What decodes packed weights; compiled for the CPU if this machine has none yet."""
+    if settings.kernels == "torch" or source.method is None or settings.format != "native" or not device.unified:
+        return None
+
+    def failed(why: str) -> None:
+        on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
+
+    return load_decoders(failed)
 
 
 def _quantised(settings: EngineSettings) -> bool:
@@ -235,10 +267,9 @@ def _plan(
         skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
         kv_bytes=kv_cache_bytes(source.model, context),
         activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager)
-        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0),
-        slot_bytes=max(
-            weight_format.layout(module.tensors, module.transposed).record_bytes for module in source.experts
-        ),
+        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0)
+        + (decode_bytes(_expert_shapes(source), itemsize) if source.method and weight_format.published else 0),
+        slot_bytes=max(record_layout(source, module, weight_format).record_bytes for module in source.experts),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
     )
@@ -265,6 +296,10 @@ def _plan(
     )
 
 
+def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:
+    return [shape for module in source.experts for shape, _ in module.tensors.values()]
+
+
 def _demo_residency(settings: EngineSettings) -> bool:
     """Whether the demo's own default applies: nobody said how much memory to use."""
     return settings.model == DEMO_NAME and (settings.ram, settings.vram, settings.residency) == (None, None, None)
@@ -281,11 +316,11 @@ def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:
 
 def _generation_config(folder: Path, source: CheckpointSource) -> GenerationConfig:
     """The checkpoint's own defaults. Raises ModelError if they cannot be read."""
-    path = folder / "generation_config.json"
+    path = side_folder(folder) / "generation_config.json"
     if not path.exists():
         return GenerationConfig.from_model_config(source.model.config)
     try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be used ({reason}); mend it, or remove it to do without") from error
