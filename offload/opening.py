@@ -233,9 +233,7 @@ def _products(settings: EngineSettings, device: Device, on_event: OnEvent) -> Pr
     return Products(kernels, crossover(kernels, on_event))
 
 
-def _decoders(
-    settings: EngineSettings, device: Device, source: CheckpointSource, on_event: OnEvent
-) -> Decoders | None:
+def _decoders(settings: EngineSettings, device: Device, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
     """What decodes packed weights; compiled for the CPU if this machine has none yet."""
     if settings.kernels == "torch" or source.method is None or settings.format != "native" or not device.unified:
         return None
