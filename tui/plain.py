@@ -8,7 +8,7 @@ from itertools import chain
 
 from offload.config import SamplingSettings
 from offload.errors import ContextError, RunLocalError
-from offload.events import Done, Event, PrefillProgress, Token
+from offload.events import Done, Event, Notice, PrefillProgress, Token
 from offload.protocol import ChatEngine
 from tui.commands import run_command
 from tui.conversation import Conversation, Turn
@@ -120,6 +120,8 @@ class PlainChat:
                     prefill.close()
                     self.screen.answer(event.text)
                     shown += event.text
+                elif isinstance(event, Notice):
+                    self.screen.note(event.text)
                 else:
                     prefill.close()
                     if event.text.startswith(shown):  # what was held back for a stop string that never came
