@@ -33,6 +33,7 @@ from tui.laboratory_flags import add_trace_commands, add_tune_flags
 from tui.libraries import hub_is_offline, prepare_libraries
 from tui.outputs import check_outputs
 from tui.text import check_text, decode
+from tui.version import VersionAction
 
 if TYPE_CHECKING:
     from offload.config import EngineSettings, SamplingSettings
@@ -61,18 +62,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            text = version("run-local")
-        except PackageNotFoundError:
-            text = "(not installed)"
-        print(f"run-local {text}")
-        raise SystemExit(0)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. A parsed namespace has ``run`` (the command) and ``flags`` (its shared flags)."""
     parser = _Parser(
@@ -82,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    parser.add_argument("--version", action=VersionAction, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
     chat = _add_command(commands, "chat", _chat, "ask a model", ("model", "format", "memory", "run", "sampling"))
