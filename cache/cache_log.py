@@ -19,6 +19,7 @@ from cache.events import Events
 from cache.expert_cache import CacheCounters, ExpertCache, Lookup, Reservation
 from cache.keys import ExpertKey
 from cache.policies import Policy, PolicyContext, PolicyError, make_policy
+from cache.shares import even_share
 
 
 class CacheLogError(ValueError):
@@ -44,7 +45,7 @@ class CacheSetup:
     @property
     def fill(self) -> int:
         """The ``fill`` argument of a cache: an even share of the slots."""
-        return -(-self.slots // max(1, len(self.layers)))
+        return even_share(self.slots, len(self.layers))
 
     def shared_layers(self) -> tuple[int, ...] | None:
         """The ``layers`` argument of a cache of this scope."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.recent import choosing_rows, recent_rows
 from cache.trace import DECODE, Trace
 
 
@@ -16,9 +17,11 @@ from cache.trace import DECODE, Trace
 class Events:
     """E events in execution order, A accesses in all; one access is one distinct expert of one event.
 
-    ``request``, ``decode`` (bool), ``layer`` and ``tokens`` (rows that ran together) are [E]. The experts of event
-    ``e`` are ``experts[starts[e]:starts[e + 1]]``, in the order of :func:`by_rank`, and ``weights`` [A] are the
-    router's weights of each, summed over the event's tokens. ``starts`` is [E + 1].
+    ``request`` (that of the first row), ``decode`` (bool: all rows do), ``layer`` and ``tokens`` (rows that ran
+    together) are [E]. The experts of event ``e`` are ``experts[starts[e]:starts[e + 1]]``, in the order of
+    :func:`by_rank`, and ``weights`` [A] are the router's weights of each, summed over the event's tokens. ``starts`` is
+    [E + 1]. ``recent`` are, of the events of several tokens, the experts that an expert cache is told of as recently
+    used, in groups (:func:`cache.recent.recent_tokens`, :meth:`cache.expert_cache.ExpertCache.lookup`).
     """
 
     request: NDArray[np.int32]
@@ -28,6 +31,7 @@ class Events:
     starts: NDArray[np.int64]
     experts: NDArray[np.int16]
     weights: NDArray[np.float32]
+    recent: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -49,6 +53,7 @@ class Events:
         """The events for which ``keep`` [E] is true."""
         counts = np.diff(self.starts)
         access = np.repeat(keep, counts)
+        number = (np.cumsum(keep) - 1).tolist()
         return Events(
             self.request[keep],
             self.decode[keep],
@@ -57,6 +62,7 @@ class Events:
             np.concatenate([[0], np.cumsum(counts[keep])]).astype(np.int64),
             self.experts[access],
             self.weights[access],
+            {number[event]: groups for event, groups in self.recent.items() if keep[event]},
         )
 
 
@@ -90,13 +96,32 @@ def trace_events(trace: Trace) -> Events:
     counts = np.bincount(access // experts, minlength=len(first))
     return Events(
         trace.request[first],
-        trace.phase[first] == DECODE,
+        np.bincount(event, trace.phase != DECODE, len(first)) == 0,
         trace.layer[first],
         np.bincount(event, minlength=len(first)).astype(np.int32),
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         (access % experts).astype(np.int16),
         summed.astype(np.float32),
+        _recent(trace, event),
     )
+
+
+def _recent(trace: Trace, event: NDArray[np.int64]) -> dict[int, list[list[int]]]:
+    """:attr:`Events.recent` of the rows of ``trace``, which are of these events [N]."""
+    tokens = np.bincount(event)
+    shared = np.flatnonzero(tokens[event] > 1)
+    if not len(shared):
+        return {}
+    shared = shared[np.argsort(event[shared], kind="stable")]
+    choosing = choosing_rows(trace)[shared].tolist()
+    requests, ids = trace.request[shared].tolist(), trace.ids[shared]
+    starts = np.flatnonzero(np.diff(event[shared], prepend=-1)).tolist()
+    recent = {}
+    for start, end in pairwise([*starts, len(shared)]):
+        groups = recent_rows(requests[start:end], choosing[start:end])
+        chosen = ([ids[start + token].tolist() for token in group] for group in groups)
+        recent[int(event[shared[start]])] = [by_rank(group, trace.experts) for group in chosen]
+    return recent
 
 
 def by_rank(ids: Iterable[Iterable[int]], experts: int) -> list[int]:

@@ -383,8 +383,8 @@ class ExpertCache:
                 passing.append(key)
             else:
                 break
-        stuck = not self._loading and not any(key in self._needed for key in self._passing)
-        if not victims and not filled and stuck:
+        # only when all is computed, not when all has arrived: victims must not depend on when reads end
+        if not victims and not filled and not any(key in self._slot for key in self._needed):
             victims = self._victims_among(1, None)
             staying = list(keys[: len(victims)])
         order = sorted((*staying, *passing), key=keys.index)  # that of their victims

@@ -17,3 +17,8 @@ def layer_shares(slots: int, layers: Iterable[int]) -> dict[int, int]:
         raise ValueError("the scope 'layer' needs to know the layers")
     least, rest = divmod(slots, len(ordered))
     return {layer: least + (number < rest) for number, layer in enumerate(ordered)}
+
+
+def even_share(slots: int, layers: int) -> int:
+    """The most that an even share of the slots has: the ``fill`` of a cache."""
+    return -(-slots // max(1, layers))

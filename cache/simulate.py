@@ -15,6 +15,7 @@ from cache.keys import ExpertKey
 from cache.policies import PolicyContext, is_simulation_only, make_policy
 from cache.predictors import PredictorContext, make_predictor
 from cache.replay_result import PART_COLUMNS, Part, Prediction, Seconds
+from cache.shares import even_share
 from cache.timeline import Timeline
 from cache.trace import Trace
 
@@ -134,7 +135,10 @@ class _Replay:
         )
         self.events, self.settings, self.counts = events, settings, counts
         policy = make_policy(settings.policy, context)
-        self.cache = ExpertCache(settings.slots, policy, layers if settings.scope == "layer" and layers else None)
+        shared = layers if settings.scope == "layer" and layers else None
+        self.cache = ExpertCache(settings.slots, policy, shared, even_share(settings.slots, len(layers)))
+        # what knows the future must be told of all of it, so its events do not stream
+        self.recent = {} if is_simulation_only(settings.policy) else events.recent
         self.predictor = None
         self.limit = 0
         if settings.predictor is not None:
@@ -164,20 +168,28 @@ class _Replay:
             row = (counts.cold if cache.has_free_slot(layer) else counts.steady)[layer]
             if plain:
                 evicted = cache.counters.evictions
-                found = cache.lookup(layer, experts, decode=decode)
+                found = cache.lookup(layer, experts, decode=decode, recent=self.recent.get(number))
                 if found.misses:
                     self._load(found)
                 cache.end_event()
                 row[_EVICTIONS] += cache.counters.evictions - evicted
             else:
-                found = self._event(row, layer, decode, experts, tokens[number])
+                found = self._event(row, layer, decode, experts, tokens[number], self.recent.get(number))
             row[_EVENTS] += 1
             row[_HITS] += len(found.hits)
             row[_PENDING] += len(found.pending)
             row[_MISSES] += len(found.misses)
         self._end_prefetches()
 
-    def _event(self, row: list[int], layer: int, decode: bool, experts: list[int], tokens: int) -> Lookup:
+    def _event(
+        self,
+        row: list[int],
+        layer: int,
+        decode: bool,
+        experts: list[int],
+        tokens: int,
+        recent: Sequence[Sequence[int]] | None,
+    ) -> Lookup:
         """One event with everything that can happen in it; counts all but hits, pending and misses."""
         cache, timeline = self.cache, self.timeline
         began = self._clocks()
@@ -185,7 +197,7 @@ class _Replay:
             del self.ahead[key]
             cache.commit(key)
         evicted = cache.counters.evictions
-        found = cache.lookup(layer, experts, decode=decode)
+        found = cache.lookup(layer, experts, decode=decode, recent=recent)
         arrival = self._sort_prefetches(row, layer, found)
         if timeline and found.misses:
             arrival = max(arrival, timeline.demand(len(found.misses)))

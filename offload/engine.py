@@ -64,8 +64,6 @@ _SCORED_LOGITS_BYTES = 32 * 2**20
 """Most logits that one forward pass of :meth:`Engine.score` makes. The plan counts those of one position: these live on
 its margin, and on what a pass of fewer tokens leaves of its activations."""
 _SCORED_PIECE_BYTES = 2 * 2**20
-SEED_TOKENS = 8
-"""So many last tokens of a prompt tell the expert cache what decoding is likely to use."""
 
 
 def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
@@ -361,8 +359,7 @@ class Engine:
         for start in range(reused, len(ids), self._prefill_chunk):
             part = ids[start : start + self._prefill_chunk]
             began = self._device.now()
-            recent = range(max(0, len(part) - SEED_TOKENS), len(part)) if start + len(part) == len(ids) else ()
-            logits = self._passes.run(part, decode=False, recent=recent)[-1]
+            logits = self._passes.run(part, decode=False, ends=start + len(part) == len(ids))[-1]
             tally.count_pass(self._device.now() - began, [len(part)], decode=False)
             yield from self._said()
             yield PrefillProgress(start + len(part), len(ids), reused)
@@ -407,7 +404,8 @@ class Engine:
             for start in range(0, len(ids), self._score_chunk):
                 part = ids[start : start + self._score_chunk]
                 began = self._device.now()
-                logits = self._passes.run(part, decode=False, all_positions=True)
+                ends = start + len(part) == len(ids)
+                logits = self._passes.run(part, decode=False, all_positions=True, ends=ends)
                 meter.tally.count_pass(self._device.now() - began, [len(part)], decode=False)
                 for piece in logits.split(rows):
                     yield piece.to("cpu", torch.float32, copy=True)  # a view would keep all of them

@@ -65,4 +65,6 @@ class QueuedPolicy(Policy):
             for step in before:
                 if step.change is not None:
                     self.change(step)
+        else:  # it went by another search, which the plan does not know of
+            self._plan = [step for step in self._plan if step.key != key]
         self.remove(key)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from cache.recent import recent_tokens
 from offload.devices.base import Device
 from offload.events import Notice
 from offload.memory.resize import Rooms
@@ -32,19 +32,17 @@ class Passes:
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def run(
-        self, tokens: list[int], *, decode: bool, all_positions: bool = False, recent: Sequence[int] = ()
-    ) -> torch.Tensor:
+    def run(self, tokens: list[int], *, decode: bool, all_positions: bool = False, ends: bool = False) -> torch.Tensor:
         """Run ``tokens`` on top of the KV cache; returns logits [n, V] on the CPU that end with the last position's.
 
-        ``all_positions``: those of all tokens. ``recent``: places of the tokens that say what comes next. On any error
-        the KV cache forgets what this pass added. Where the device's memory is used up, slots are given up until the
-        pass fits; :attr:`notices` says so.
+        ``all_positions``: those of all tokens. ``ends``: the prompt ends with these. On any error the KV cache forgets
+        what this pass added. Where the device's memory is used up, slots are given up until the pass fits;
+        :attr:`notices` says so.
         """
         while True:
             before = list(self._kv.tokens)
             try:
-                return self._once(tokens, decode, all_positions, recent)
+                return self._once(tokens, decode, all_positions, ends)
             except Exception as error:
                 if not self._device.out_of_memory(error):
                     raise
@@ -54,10 +52,11 @@ class Passes:
                 self.run(lost[start : start + self._chunk], decode=False)
 
     @torch.inference_mode()
-    def _once(self, tokens: list[int], decode: bool, all_positions: bool, recent: Sequence[int]) -> torch.Tensor:
+    def _once(self, tokens: list[int], decode: bool, all_positions: bool, ends: bool) -> torch.Tensor:
         self.forwards += 1
+        recent = recent_tokens([(len(tokens), ends)])
         self._runtime.current = ForwardPass(
-            self.requests - 1, len(self._kv.tokens), self.forwards - 1, decode, recent=[(token,) for token in recent]
+            self.requests - 1, len(self._kv.tokens), self.forwards - 1, decode, recent=recent
         )
         try:
             with self._device.running():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from cache.recent import recent_tokens
 from offload.events import RowEvent
 from offload.generation.rows import PassPart, RowBatch, RowHost
 from offload.generation.sampling import Sampler
@@ -66,9 +66,7 @@ class RowPasses:
     def _pass(self, segments: list[Segment], parts: list[PassPart]) -> torch.Tensor:
         decode = all(part.decode for part in parts)
         of_rows = [(self._first + part.row, part.start, part.count, part.decode) for part in parts]
-        ends = accumulate(part.count for part in parts)
-        choosing = [end - 1 for end, part in zip(ends, parts, strict=True) if part.ends]
-        recent = [choosing] if choosing else []
+        recent = recent_tokens((part.count, part.ends) for part in parts)
         self._runtime.current = ForwardPass(*of_rows[0][:2], self.forwards, decode, of_rows, recent)
         self.forwards += 1
         began = time.perf_counter()

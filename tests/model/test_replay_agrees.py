@@ -11,16 +11,18 @@ from cache.cache_log import CacheLogError, load_log, main, replay_log
 from cache.events import trace_events
 from cache.policies import runtime_policies
 from cache.simulate import ReplaySettings, replay_events
-from cache.trace import load_trace
+from cache.trace import DECODE, PREFILL, load_trace
 from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import UsageError
-from offload.events import LiveChanges, RunStats
+from offload.events import LiveChanges, RowDone, RunStats
+from offload.protocol import PreparedRow
 from tests.engines import finish, open_tiny
 from tests.tiny_models import build_tiny
 
 VARIED = SamplingSettings(temperature=1.5, max_new_tokens=24, seed=3)
 PROMPTS = ("one two three four five six seven eight nine ten", "ten nine")  # the first needs waves
+LONG = "one two three four five six seven eight nine ten " * 3
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,55 @@ def test_statistics_are_those_of_a_replay(checkpoint: Path, tmp_path: Path, scop
         if residency < 0.1 or (scope, residency) == ("layer", 0.2):
             room = stats.memory.expert_slots // (len(events.layers()) if scope == "layer" else 1)
             assert np.diff(events.starts).max() > room, "some events took waves"
+
+
+def agree(stats: RunStats, evictions: int, trace: Path) -> None:
+    """The replay of ``trace`` counts what the run counted."""
+    settings = ReplaySettings(stats.policy, stats.memory.expert_slots, stats.scope, seed=7)
+    total = replay_events(trace_events(load_trace(trace)), settings).total
+    assert (int(total.hits.sum()), int(total.misses.sum())) == (stats.experts.hits, stats.experts.misses)
+    assert int(total.evictions.sum()) == evictions
+
+
+@pytest.mark.parametrize(("policy", "scope", "chunk"), [("lru", "global", 12), ("foresight", "layer", 12)])
+def test_prompts_of_several_chunks_agree(checkpoint: Path, tmp_path: Path, policy: str, scope: str, chunk: int) -> None:
+    """One that goes on from the KV cache, answers of one token, which decode nothing, and scored texts included."""
+    trace = tmp_path / "trace.npz"
+    settings = {"policy": policy, "scope": scope, "residency": 0.4, "trace_out": trace, "seed": 7}
+    with open_tiny(checkpoint, tmp_path / "packs", prefill_chunk=chunk, **settings) as engine:
+        ids = engine.encode(LONG)
+        assert len(ids) > 2 * chunk
+        for prompt, new in ((ids[:30], 1), (ids[:70], 8), ([*ids[:70], *ids[:14]], 1), (ids[:25], 4)):
+            done = finish(engine.generate_ids(prompt, SamplingSettings(temperature=0, max_new_tokens=new)))[1]
+            assert done.error is None
+        for _ in engine.score(ids[:31]):
+            pass
+        stats, evictions = engine.stats(), engine._runtime.cache.counters.evictions
+    assert evictions > 0
+    agree(stats, evictions, trace)
+
+
+@pytest.mark.parametrize(("policy", "scope"), [("lru", "global"), ("foresight", "global"), ("ewma", "layer")])
+def test_rows_that_share_passes_agree(checkpoint: Path, tmp_path: Path, policy: str, scope: str) -> None:
+    """Passes in which some rows decode and others read their prompts, and those of the last row alone."""
+    trace = tmp_path / "trace.npz"
+    settings = {"policy": policy, "scope": scope, "residency": 0.4, "trace_out": trace, "seed": 7, "batch_rows": 3}
+    with open_tiny(checkpoint, tmp_path / "packs", prefill_chunk=16, **settings) as engine:
+        rows = iter(
+            engine.prepare(LONG[: 20 + 23 * (number % 4)], SamplingSettings(temperature=0, max_new_tokens=new))
+            for number, new in enumerate((4, 9, 1, 7, 3, 12))
+        )
+
+        def take(room: int) -> PreparedRow | None:
+            return next(rows, None)
+
+        ends = [event for event in engine.generate_rows(take) if isinstance(event, RowDone)]
+        assert [end.error for end in ends] == [None] * 6
+        stats, evictions = engine.stats(), engine._runtime.cache.counters.evictions
+    loaded = load_trace(trace)
+    mixed = {int(forward) for forward in loaded.forward[loaded.phase == DECODE]}
+    assert mixed & {int(forward) for forward in loaded.forward[loaded.phase == PREFILL]}
+    agree(stats, evictions, trace)
 
 
 @pytest.mark.parametrize("prefetch", ["next-gate", "layer-markov", "previous-token", "popularity"])
@@ -138,7 +189,9 @@ def test_changes_keep_residents_and_tokens(checkpoint: Path, tmp_path: Path) -> 
         (LiveChanges(policy="belady"), ["belady", "future"]),
         (LiveChanges(scope="model"), ["--scope", "layer", "global"]),
         (LiveChanges(prefetch="tarot"), ["--prefetch", "next-gate", "popularity"]),
-        (LiveChanges(policy="lru", ram=5), ["ram", "cannot be changed"]),
+        (LiveChanges(policy="lru", ram=5), ["--ram", "the smallest that works"]),
+        (LiveChanges(policy="lru", residency=2.0), ["residency", "at most 1"]),
+        (LiveChanges(policy="lru", miss="cpu"), ["miss", "cannot be changed"]),
     ],
 )
 def test_changes_that_make_no_sense(checkpoint: Path, tmp_path: Path, change: LiveChanges, words: list[str]) -> None:
