@@ -223,6 +223,14 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(set(slots)) == len(slots)
 
 
+def test_a_record_that_another_search_found_leaves_the_plan() -> None:
+    """Victims of a wave are searched twice, outside the event and among its own records."""
+    cache = ExpertCache(4, make("sieve", "layer"), range(3))
+    for experts in ([0], [0], [3], [0, 1, 2]):
+        serve(cache, 0, *experts)
+        cache.check_integrity()
+
+
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestCacheMachine = CacheMachine.TestCase
 

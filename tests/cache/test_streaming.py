@@ -119,6 +119,23 @@ def test_what_passes_through_goes_first_and_stays_when_it_is_used() -> None:
     assert {key.layer for key in gone} == {LAYERS - 1}, "the others at the cold end made room"
 
 
+def test_victims_do_not_depend_on_when_reads_end() -> None:
+    """Both records have arrived, or only the first: nothing goes before all that have a slot are computed."""
+    for both in (False, True):
+        cache = ExpertCache(2, make_policy("lru"), fill=2)
+        loads = cache.reserve(cache.lookup(0, range(4), recent=[]).misses)
+        first, second = (load.key for load in loads)
+        for key in (first, second) if both else (first,):
+            cache.commit(key)
+        cache.release(first)
+        left = cache.keys(0, [2, 3])
+        assert cache.reserve(left) == []
+        if not both:
+            cache.commit(second)
+        cache.release(second)
+        assert [load.victim for load in cache.reserve(left)] == [first]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.sampled_from(POLICIES), st.integers(1, 40), st.integers(1, 3))
 def test_any_mix_of_events_is_served(data: st.DataObject, policy: str, slots: int, layers: int) -> None:

@@ -73,14 +73,19 @@ def agree(stats: RunStats, evictions: int, trace: Path) -> None:
     assert int(total.evictions.sum()) == evictions
 
 
-@pytest.mark.parametrize(("policy", "scope", "chunk"), [("lru", "global", 12), ("foresight", "layer", 12)])
-def test_prompts_of_several_chunks_agree(checkpoint: Path, tmp_path: Path, policy: str, scope: str, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("policy", "scope", "residency"),
+    [("lru", "global", 0.4), ("foresight", "global", 0.1), ("foresight", "layer", 0.4)],
+)
+def test_prompts_of_several_chunks_agree(
+    checkpoint: Path, tmp_path: Path, policy: str, scope: str, residency: float
+) -> None:
     """One that goes on from the KV cache, answers of one token, which decode nothing, and scored texts included."""
     trace = tmp_path / "trace.npz"
-    settings = {"policy": policy, "scope": scope, "residency": 0.4, "trace_out": trace, "seed": 7}
-    with open_tiny(checkpoint, tmp_path / "packs", prefill_chunk=chunk, **settings) as engine:
+    settings = {"policy": policy, "scope": scope, "residency": residency, "trace_out": trace, "seed": 7}
+    with open_tiny(checkpoint, tmp_path / "packs", prefill_chunk=12, **settings) as engine:
         ids = engine.encode(LONG)
-        assert len(ids) > 2 * chunk
+        assert len(ids) > 24
         for prompt, new in ((ids[:30], 1), (ids[:70], 8), ([*ids[:70], *ids[:14]], 1), (ids[:25], 4)):
             done = finish(engine.generate_ids(prompt, SamplingSettings(temperature=0, max_new_tokens=new)))[1]
             assert done.error is None
@@ -91,11 +96,23 @@ def test_prompts_of_several_chunks_agree(checkpoint: Path, tmp_path: Path, polic
     agree(stats, evictions, trace)
 
 
-@pytest.mark.parametrize(("policy", "scope"), [("lru", "global"), ("foresight", "global"), ("ewma", "layer")])
-def test_rows_that_share_passes_agree(checkpoint: Path, tmp_path: Path, policy: str, scope: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "scope", "residency"),
+    [("lru", "global", 0.4), ("foresight", "global", 0.4), ("lru", "global", 0.1), ("ewma", "layer", 0.4)],
+)
+def test_rows_that_share_passes_agree(
+    checkpoint: Path, tmp_path: Path, policy: str, scope: str, residency: float
+) -> None:
     """Passes in which some rows decode and others read their prompts, and those of the last row alone."""
     trace = tmp_path / "trace.npz"
-    settings = {"policy": policy, "scope": scope, "residency": 0.4, "trace_out": trace, "seed": 7, "batch_rows": 3}
+    settings = {
+        "policy": policy,
+        "scope": scope,
+        "residency": residency,
+        "trace_out": trace,
+        "seed": 7,
+        "batch_rows": 3,
+    }
     with open_tiny(checkpoint, tmp_path / "packs", prefill_chunk=16, **settings) as engine:
         rows = iter(
             engine.prepare(LONG[: 20 + 23 * (number % 4)], SamplingSettings(temperature=0, max_new_tokens=new))
