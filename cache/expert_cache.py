@@ -105,6 +105,12 @@ class ExpertCache:
         """Keys that hold a slot, loading ones included."""
         return set(self._slot)
 
+    def occupancy(self) -> list[tuple[ExpertKey, SlotState]]:
+        """The resident keys with their states. The one method that other threads may call: the copies are made in one
+        step each, so that a key may show the state of a moment before, but nothing is torn."""
+        keys, states = self._key[:], self._state[:]
+        return [(key, state) for key, state in zip(keys, states, strict=True) if key is not None]
+
     def lookup(self, layer: int, experts: Iterable[int], *, decode: bool = True) -> Lookup:
         """Open an event: classify all of its experts at once, count them and tell the policy.
 

@@ -71,6 +71,10 @@ class TraceRecorder:
         """
         self._rows.append((request, phase, step, forward, layer, ids, weights))
 
+    def __len__(self) -> int:
+        """The rows so far, one for each token of each event."""
+        return sum(len(row[5]) for row in self._rows)
+
     def save(self, path: Path) -> None:
         """Write the trace, atomically. Raises OSError, leaving no partial file behind."""
         counts = [len(row[5]) for row in self._rows]

@@ -2,14 +2,15 @@
 
 Thread ownership: one thread, the one that iterates :meth:`Engine.generate`, owns the model, the KV cache and the expert
 cache. Only the disk lane's workers run beside it, and they touch nothing but the slot they were given. From other
-threads only :meth:`Engine.cancel` may be called.
+threads only :meth:`Engine.cancel` and :meth:`Engine.snapshot` may be called.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -21,9 +22,10 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.devices import SlotArena
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import Done, Event, FinishReason, LoadProgress, Notice, PrefillProgress, RunStats, Token
+from offload.events import CacheSnapshot, Done, Event, FinishReason, PrefillProgress, RunStats, Token
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
+from offload.live import LiveView, Recording, current_settings, name_choices, save_trace
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
@@ -32,9 +34,7 @@ from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
 from offload.model.prompt import PromptEncoder
-from offload.protocol import Message
-
-OnEvent = Callable[[LoadProgress | Notice], None]
+from offload.protocol import Message, OnLoad
 
 _SCORED_LOGITS_BYTES = 32 * 2**20
 """Most logits that one forward pass of :meth:`Engine.score` makes. The plan counts those of one position: these live on
@@ -42,7 +42,7 @@ its margin, and on what a pass of fewer tokens leaves of its activations."""
 _SCORED_PIECE_BYTES = 2 * 2**20
 
 
-def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
+def open_engine(settings: EngineSettings, on_event: OnLoad) -> Engine:
     """Open ``settings.model``: download or build, plan, pack, load. Progress and notices go to ``on_event``.
 
     Raises RunLocalError with the remedy.
@@ -56,7 +56,7 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     return Engine(**open_model(settings, on_event))
 
 
-def plan_model(settings: EngineSettings, on_event: OnEvent) -> Plan:
+def plan_model(settings: EngineSettings, on_event: OnLoad) -> Plan:
     """The memory plan of ``settings.model``, from its config alone: no weights are read, packed or downloaded."""
     from offload.opening import plan_only
 
@@ -64,7 +64,8 @@ def plan_model(settings: EngineSettings, on_event: OnEvent) -> Plan:
 
 
 class Engine:
-    """One loaded model with one conversation's KV cache. Implements :class:`offload.protocol.BenchEngine`."""
+    """One loaded model with one conversation's KV cache. Implements :class:`offload.protocol.BenchEngine` and
+    :class:`offload.protocol.LiveEngine`."""
 
     def __init__(
         self,
@@ -78,7 +79,8 @@ class Engine:
         lane: DiskLane,
         file: ExpertFile,
         arena: SlotArena,
-        recorder: TraceRecorder | None,
+        live: LiveView,
+        new_recorder: Callable[[], TraceRecorder],
         settings: EngineSettings,
     ) -> None:
         self._model = model
@@ -90,7 +92,8 @@ class Engine:
         self._lane = lane
         self._file = file
         self._arena = arena
-        self._recorder = recorder
+        self._live = live
+        self._recording = Recording(runtime, new_recorder)
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
         self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
@@ -208,6 +211,28 @@ class Engine:
         part, self._lap = now.since(self._lap), now
         return run_stats(part, self._labels, self._plan, self._seed)
 
+    def snapshot(self) -> CacheSnapshot:
+        """See :meth:`offload.protocol.LiveEngine.snapshot`."""
+        sums = Tally()
+        with self._live.lock:
+            sums.add(self._session)
+            if (meter := self._meter) is not None:
+                sums.add(meter.peek())
+        stats = run_stats(sums, self._labels, self._plan, self._seed)
+        return self._live.snapshot(stats, current_settings(self._settings, self._plan.residency, self._plan.budget))
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[str]]:
+        return name_choices()
+
+    def start_trace(self) -> None:
+        """See :meth:`offload.protocol.LiveEngine.start_trace`."""
+        self._recording.start()
+
+    def stop_trace(self, path: Path) -> int:
+        """See :meth:`offload.protocol.LiveEngine.stop_trace`."""
+        return self._recording.stop(path)
+
     def rss_bytes(self) -> int:
         return rss_bytes()
 
@@ -220,13 +245,8 @@ class Engine:
         self._lane.close()
         self._file.close()
         self._arena.close()
-        if self._recorder is not None and self._settings.trace_out is not None:
-            try:
-                self._recorder.save(self._settings.trace_out)
-            except OSError as error:
-                raise RunLocalError(
-                    f"--trace-out: {self._settings.trace_out} cannot be written ({error.strerror or error})"
-                ) from error
+        if self._runtime.recorder is not None and self._settings.trace_out is not None:
+            save_trace(self._runtime.recorder, self._settings.trace_out, "--trace-out: ")
 
     def __enter__(self) -> Engine:
         return self
@@ -296,9 +316,12 @@ class Engine:
         return logits
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
+        self._live.start_token()
         began = time.perf_counter()
         logits = self._forward([token], decode=True)[-1]
-        tally.decode_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._live.end_token(seconds)
+        tally.decode_seconds += seconds
         tally.decode_steps += 1
         return logits
 
@@ -332,9 +355,10 @@ class Engine:
         return list(ids)
 
     def _close_meter(self, meter: Meter) -> None:
-        self._session.add(meter.read())
-        if self._meter is meter:
-            self._meter = None
+        with self._live.lock:
+            self._session.add(meter.read())
+            if self._meter is meter:
+                self._meter = None
 
     @torch.inference_mode()
     def _forward(self, tokens: list[int], *, decode: bool, all_positions: bool = False) -> torch.Tensor:

@@ -75,6 +75,15 @@ class Meter:
         self.tally.total_seconds = time.perf_counter() - self._started
         return self.tally
 
+    def peek(self) -> Tally:
+        """As :meth:`read`, but a copy: for other threads."""
+        now = Tally()
+        now.add(self.tally)
+        for name, value in self._counters().items():
+            setattr(now, name, value - self._before[name])
+        now.total_seconds = time.perf_counter() - self._started
+        return now
+
     def _counters(self) -> dict[str, float]:
         prefill, decode = self._cache.counters.prefill, self._cache.counters.decode
         transfers = self._runtime.transfers

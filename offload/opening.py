@@ -11,11 +11,12 @@ from transformers import GenerationConfig
 from cache.expert_cache import ExpertCache
 from cache.policies import make_policy
 from cache.trace import TraceRecorder
+from cache.usage import ExpertUsage
 from offload.checkpoint.dense_file import ensure_dense
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.hub import ResolvedModel
-from offload.checkpoint.library import OnEvent, ensure_pack
+from offload.checkpoint.library import ensure_pack
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import crossover
@@ -26,7 +27,8 @@ from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import get_device
 from offload.errors import ModelError, UsageError
-from offload.events import LoadProgress, Notice
+from offload.events import LoadProgress, Notice, Planned
+from offload.live import LiveView
 from offload.memory.activations import activation_bytes, staged_bytes
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
@@ -40,11 +42,12 @@ from offload.model.next_gate import NextGate
 from offload.model.prompt import PromptEncoder
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
+from offload.protocol import OnLoad
 
 _DEMO_RESIDENCY = 0.5
 
 
-def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
+def plan_only(settings: EngineSettings, on_event: OnLoad) -> Plan:
     """The plan, from config.json alone."""
     bound_own_memory()
     resolved = resolve(settings, on_event, weights=False)
@@ -57,7 +60,7 @@ def plan_only(settings: EngineSettings, on_event: OnEvent) -> Plan:
     return _plan(settings, resolved, source)
 
 
-def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
+def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     """Everything that :class:`offload.engine.Engine` is made of, as its keyword arguments."""
     bound_own_memory()
     if settings.model == DEMO_NAME:
@@ -72,6 +75,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
     plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
+    on_event(Planned(tuple(plan.summary()), tuple(plan.rows())))
     if _demo_residency(settings):
         on_event(
             Notice(
@@ -108,16 +112,19 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     lane = DiskLane(file, settings.read_workers)
     cache = ExpertCache(plan.slots, make_policy(settings.policy))
     text = model.config.get_text_config()
-    recorder = None
-    if settings.trace_out is not None:
-        top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
-        recorder = TraceRecorder(
+    top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
+
+    def new_recorder() -> TraceRecorder:
+        return TraceRecorder(
             resolved.name, len(modules), max(module.num_experts for module in modules), int(top_k or 0)
         )
+
     weight_format = get_format(settings.format)
     predictor = NextGate(model, modules) if settings.prefetch == "next-gate" else None
     compute = expert_compute(weight_format, products)
-    runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor)
+    recorder = new_recorder() if settings.trace_out is not None else None
+    usage = ExpertUsage({module.layer: module.num_experts for module in modules})
+    runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor, usage)
     runtime.attach(modules)
     return {
         "model": model,
@@ -137,12 +144,13 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         "lane": lane,
         "file": file,
         "arena": arena,
-        "recorder": recorder,
+        "live": LiveView(runtime, usage),
+        "new_recorder": new_recorder,
         "settings": settings,
     }
 
 
-def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
+def _products(settings: EngineSettings, on_event: OnLoad) -> Products:
     """What multiplies quantised weights; compiles the kernels if this machine has none yet."""
     if settings.kernels == "torch" or not _quantised(settings):
         return Products(None, 0)

@@ -11,6 +11,7 @@ import torch
 from cache.expert_cache import ExpertCache, Lookup, SlotState
 from cache.keys import ExpertKey
 from cache.trace import DECODE, PREFILL, TraceRecorder
+from cache.usage import ExpertUsage
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import WeightFormat, Weights
 from offload.compute.base import EventCompute, ExpertCompute
@@ -65,8 +66,10 @@ class ExpertRuntime:
         compute: ExpertCompute,
         recorder: TraceRecorder | None = None,
         predictor: NextGate | None = None,
+        usage: ExpertUsage | None = None,
     ) -> None:
         self.cache = cache
+        self.usage = usage
         self.current = ForwardPass()
         self.transfers = TransferCounters()
         self.cancelled = threading.Event()
@@ -75,7 +78,7 @@ class ExpertRuntime:
         self._file = file
         self._format = weight_format
         self._compute = compute
-        self._recorder = recorder
+        self.recorder = recorder
         self._predictor = predictor
         self._ahead: dict[ExpertKey, Ticket] = {}  # prefetches under way
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
@@ -98,11 +101,13 @@ class ExpertRuntime:
         """
         if self.cancelled.is_set():
             raise Cancelled
-        if self._recorder is not None:
+        if self.recorder is not None:
             self._record(layer, top_k_index, top_k_weights)
         event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
         self._take_arrivals()
         found = self.cache.lookup(layer, event.experts, decode=self.current.decode)
+        if self.usage is not None:
+            self.usage.record(layer, found, self.current.forward)
         self._sort_prefetches(layer, found)
         misses = list(found.misses)
         loading = [*found.pending]
@@ -242,9 +247,9 @@ class ExpertRuntime:
         return views
 
     def _record(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
-        assert self._recorder is not None
+        assert self.recorder is not None
         now = self.current
-        self._recorder.record(
+        self.recorder.record(
             request=now.request,
             phase=DECODE if now.decode else PREFILL,
             step=now.step,

@@ -1,0 +1,113 @@
+"""What a front end watches while the engine works: the latest tokens, the state of every expert, the recording."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from cache.expert_cache import SlotState
+from cache.policies import POLICIES
+from cache.trace import TraceRecorder
+from cache.usage import ExpertUsage
+from offload.config import PREFETCHES, EngineSettings
+from offload.errors import RunLocalError, UsageError
+from offload.events import CacheSnapshot, ExpertState, LiveChanges, RunStats, TierUse, TokenSample
+from offload.memory.process import rss_bytes
+from offload.model.experts import ExpertRuntime
+
+RECENT_TOKENS = 64
+_STATES = {SlotState.LOADING: ExpertState.LOADING, SlotState.READY: ExpertState.READY}
+
+
+class LiveView:
+    """Keeps what snapshots need beside the counters. All but :meth:`snapshot` is for the engine's thread alone."""
+
+    def __init__(self, runtime: ExpertRuntime, usage: ExpertUsage) -> None:
+        self.lock = threading.Lock()  # held while a generation's sums move into the session's
+        self._runtime = runtime
+        self._usage = usage
+        self._recent: deque[TokenSample] = deque(maxlen=RECENT_TOKENS)
+        self._before = self._sums()
+
+    def start_token(self) -> None:
+        """A decoding forward pass begins."""
+        self._before = self._sums()
+
+    def end_token(self, seconds: float) -> None:
+        """It took ``seconds``."""
+        now = self._sums()
+        hits, pending, misses, read, stalled = (after - before for after, before in zip(now, self._before, strict=True))
+        self._recent.append(TokenSample(int(hits), int(pending), int(misses), int(read), seconds, stalled))
+
+    def snapshot(self, stats: RunStats, current: LiveChanges) -> CacheSnapshot:
+        """See :meth:`offload.protocol.LiveEngine.snapshot`; ``stats`` include the running generation."""
+        usage, cache = self._usage, self._runtime.cache
+        rows = {layer: bytearray(len(row)) for layer, row in zip(usage.layers, usage.hits, strict=True)}
+        occupied = cache.occupancy()
+        for (layer, expert), state in occupied:
+            rows[layer][expert] = _STATES[state]
+        return CacheSnapshot(
+            layers=usage.layers,
+            states=tuple(bytes(row) for row in rows.values()),
+            last_use=tuple(row[:] for row in usage.last_use),
+            last_miss=tuple(row[:] for row in usage.last_miss),
+            hits=tuple(row[:] for row in usage.hits),
+            misses=tuple(row[:] for row in usage.misses),
+            forward=usage.forward,
+            tiers=(TierUse("RAM", len(occupied), cache.slots, stats.experts.hits),),
+            recent=tuple(self._recent),
+            stats=stats,
+            rss_bytes=rss_bytes(),
+            vram_bytes=None,
+            current=current,
+        )
+
+    def _sums(self) -> tuple[float, ...]:
+        counters, transfers = self._runtime.cache.counters.decode, self._runtime.transfers
+        return counters.hits, counters.pending, counters.misses, transfers.decode_bytes, transfers.stall_seconds
+
+
+class Recording:
+    """The routing trace of a part of a session: the runtime records while it has a recorder."""
+
+    def __init__(self, runtime: ExpertRuntime, new_recorder: Callable[[], TraceRecorder]) -> None:
+        self._runtime = runtime
+        self._new_recorder = new_recorder
+        self._own: TraceRecorder | None = None
+
+    def start(self) -> None:
+        """See :meth:`offload.protocol.LiveEngine.start_trace`."""
+        if self._runtime.recorder is not None:
+            raise UsageError("the routing is being recorded already")
+        self._own = self._runtime.recorder = self._new_recorder()
+
+    def stop(self, path: Path) -> int:
+        """See :meth:`offload.protocol.LiveEngine.stop_trace`."""
+        if self._own is None:
+            elsewhere = self._runtime.recorder is not None
+            raise UsageError(
+                "--trace-out records until the end" if elsewhere else "nothing is being recorded; start it first"
+            )
+        save_trace(self._own, path)
+        rows, self._own, self._runtime.recorder = len(self._own), None, None
+        return rows
+
+
+def save_trace(recorder: TraceRecorder, path: Path, source: str = "") -> None:
+    """Raises RunLocalError, beginning with ``source``, if the trace cannot be written."""
+    try:
+        recorder.save(path)
+    except OSError as error:
+        raise RunLocalError(f"{source}{path} cannot be written ({error.strerror or error})") from error
+
+
+def name_choices() -> Mapping[str, Sequence[str]]:
+    """The names that :class:`LiveChanges` may hold."""
+    return {"policy": tuple(sorted(POLICIES)), "prefetch": PREFETCHES}
+
+
+def current_settings(settings: EngineSettings, residency: float, ram: int) -> LiveChanges:
+    """The settings of an engine as :class:`LiveChanges` names them."""
+    return LiveChanges(policy=settings.policy, prefetch=settings.prefetch, residency=residency, ram=ram)
