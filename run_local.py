@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from offload.config import format_size
-from offload.errors import RunLocalError, UsageError
+from offload.errors import UsageError
+from offload.host import LocalHost, write_stats
 from tui.bench import BENCH_SAMPLING_FLAGS, add_bench_flags, given_flags, read_text
 from tui.failures import EXIT_CODES, ExitCode, run_guarded
 from tui.flags import FORMAT_FLAGS, MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, Flag, FlagValues, read_flags
 from tui.libraries import hub_is_offline, prepare_libraries
+from tui.saved import add_saved_flags, find_saved, is_full_terminal, list_saved
 from tui.text import check_text, decode
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="answer this and leave, instead of chatting; what comes on standard input is put after it",
     )
     chat.add_argument("--system", metavar="TEXT", help="system prompt (default: none, or the chat template's own)")
-    chat.add_argument("--plain", action="store_true", help="the plain console: so far the only front end there is")
+    chat.add_argument("--plain", action="store_true", help="the plain console, as also where there is no terminal")
+    add_saved_flags(chat)
 
     batch = _add_command(
         commands, "batch", _batch, "answer a file of prompts", ("model", "format", "memory", "run", "sampling")
@@ -109,9 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse_args(argv)
-    if not hasattr(arguments, "run"):
-        raise UsageError("give a command: chat, batch, plan, pack, bench or models (see run-local --help)")
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser().parse_args(given or ["chat"])
     values = read_flags(arguments, arguments.flags, os.environ)
     if hub_is_offline(os.environ):
         values.given.setdefault("offline", True)
@@ -151,6 +153,19 @@ def _chat(arguments: argparse.Namespace, values: FlagValues) -> int:
     _check_outputs(values)
     question = _question(arguments.question)
     system = check_text(arguments.system or "", "--system")
+
+    saved = find_saved(arguments)
+    if arguments.list:
+        from tui.screen import Screen
+
+        Screen().answer(list_saved())
+        return ExitCode.DONE
+    if question is None and not arguments.plain and is_full_terminal(os.environ):
+        from tui.app.run import ChatRequest, run_app
+
+        prepare_libraries(settings.offline)
+        host = LocalHost(values.given.get("stats_json"), settings.experts_dir)
+        return run_app(host, ChatRequest(settings, sampling, system or None, saved))
 
     from tui.conversation import Conversation
     from tui.plain import PlainChat
@@ -354,17 +369,7 @@ def _open_engine(settings: EngineSettings, values: FlagValues, screen: Screen) -
         try:
             yield engine
         finally:
-            _write_stats(engine, values.given.get("stats_json"))
-
-
-def _write_stats(engine: ChatEngine, path: Path | None) -> None:
-    if path is None:
-        return
-    text = json.dumps(engine.stats().to_json(), ensure_ascii=False, indent=2) + "\n"
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise RunLocalError(f"--stats-json: {path} cannot be written ({error.strerror})") from error
+            write_stats(engine, values.given.get("stats_json"))
 
 
 def _check_outputs(values: FlagValues) -> None:

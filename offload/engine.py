@@ -219,7 +219,9 @@ class Engine:
             if (meter := self._meter) is not None:
                 sums.add(meter.peek())
         stats = run_stats(sums, self._labels, self._plan, self._seed)
-        return self._live.snapshot(stats, current_settings(self._settings, self._plan.residency, self._plan.budget))
+        current = current_settings(self._settings, self._plan.residency, self._plan.budget)
+        latest = sums.first_token_seconds[-1] if sums.first_token_seconds else None
+        return self._live.snapshot(stats, latest, len(self._kv.tokens), current)
 
     @property
     def choices(self) -> Mapping[str, Sequence[str]]:

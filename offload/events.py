@@ -225,8 +225,9 @@ class CacheSnapshot:
     as long as the layer has experts. ``states`` holds values of :class:`ExpertState`. ``last_use`` and ``last_miss``
     are numbers of forward passes, -1 for never; ``forward`` is that of the latest pass. ``hits`` and ``misses`` count
     accesses since the start; a pending counts as neither. ``recent`` are the latest decoded tokens, oldest first.
-    ``stats`` are those of the session, the running generation included; ``current`` what :class:`LiveChanges` would
-    change, None where the engine has no such setting.
+    ``stats`` are those of the session, the running generation included; ``ttft_s`` that of the latest answer.
+    ``context_used`` are the tokens in the KV cache. ``current`` is what :class:`LiveChanges` would change, None where
+    the engine has no such setting.
     """
 
     layers: tuple[int, ...]
@@ -239,6 +240,8 @@ class CacheSnapshot:
     tiers: tuple[TierUse, ...]
     recent: tuple[TokenSample, ...]
     stats: RunStats
+    ttft_s: float | None
+    context_used: int
     rss_bytes: int
     vram_bytes: int | None
     current: LiveChanges

@@ -41,8 +41,8 @@ class LiveView:
         hits, pending, misses, read, stalled = (after - before for after, before in zip(now, self._before, strict=True))
         self._recent.append(TokenSample(int(hits), int(pending), int(misses), int(read), seconds, stalled))
 
-    def snapshot(self, stats: RunStats, current: LiveChanges) -> CacheSnapshot:
-        """See :meth:`offload.protocol.LiveEngine.snapshot`; ``stats`` include the running generation."""
+    def snapshot(self, stats: RunStats, ttft_s: float | None, context_used: int, current: LiveChanges) -> CacheSnapshot:
+        """See :class:`offload.events.CacheSnapshot`."""
         usage, cache = self._usage, self._runtime.cache
         rows = {layer: bytearray(len(row)) for layer, row in zip(usage.layers, usage.hits, strict=True)}
         occupied = cache.occupancy()
@@ -59,6 +59,8 @@ class LiveView:
             tiers=(TierUse("RAM", len(occupied), cache.slots, stats.experts.hits),),
             recent=tuple(self._recent),
             stats=stats,
+            ttft_s=ttft_s,
+            context_used=context_used,
             rss_bytes=rss_bytes(),
             vram_bytes=None,
             current=current,

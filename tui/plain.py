@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import chain
 
 from offload.config import SamplingSettings
-from offload.errors import ContextError, RunLocalError
+from offload.errors import RunLocalError
 from offload.events import Done, Event, PrefillProgress, Token
 from offload.protocol import ChatEngine
+from tui.asking import nth_sampling, start_answer, why_cut
 from tui.commands import run_command
 from tui.conversation import Conversation, Turn
 from tui.failures import ExitCode
@@ -84,31 +83,12 @@ class PlainChat:
             self.screen.problem(str(error))
 
     def _start(self, question: str, base: Sequence[Turn]) -> tuple[Sequence[Turn], Iterator[Event]]:
-        sampling = self._next_sampling()
-        for dropped in range(len(base) + 1):
-            kept = base[dropped:]
-            try:
-                events = iter(self.engine.generate(self.conversation.messages(kept, question), sampling))
-                first = next(events)  # an engine written as a generator raises only here
-            except ContextError as error:
-                problem = error
-                continue
-            if dropped:
-                turns = "oldest turn was" if dropped == 1 else f"{dropped} oldest turns were"
-                self.screen.note(f"the context is full: the {turns} dropped")
-            return kept, chain([first], events)
-        raise ContextError(
-            f"the question does not fit the context, even without the turns before it: {problem.prompt_tokens} tokens "
-            f"of {problem.context_tokens}; shorten it, or start with a larger --ctx",
-            problem.prompt_tokens,
-            problem.context_tokens,
-        )
-
-    def _next_sampling(self) -> SamplingSettings:
-        # with a fixed seed for every answer a retry could only repeat the last one
-        seed = self._sampling.seed
-        asked, self._asked = self._asked, self._asked + 1
-        return self._sampling if seed is None else replace(self._sampling, seed=(seed + asked) % 2**63)
+        sampling = nth_sampling(self._sampling, self._asked)
+        self._asked += 1
+        started = start_answer(self.engine, self.conversation, base, question, sampling)
+        if told := started.tell_dropped():
+            self.screen.note(told)
+        return started.kept, started.events
 
     def _show(self, events: Iterator[Event], interrupts: CancelOnInterrupt) -> Done:
         shown = ""
@@ -134,7 +114,5 @@ class PlainChat:
         elif done.reason == "cancelled":
             self.screen.note("stopped" if became_turn else "stopped before the first token")
         elif done.reason == "length":
-            limit = self._sampling.max_new_tokens
-            why = f"--max-new-tokens {limit}" if done.new_tokens >= limit else "the context is full (--ctx)"
-            self.screen.note(f"cut off: {why}")
+            self.screen.note(f"cut off: {why_cut(done, self._sampling)}")
         self.screen.status(status_line(done, self.engine))
