@@ -103,6 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     models = _add_command(commands, "models", _models, "list or remove packs", ())
     _add_flags(models, "model", [flag for flag in MODEL_FLAGS if flag.name == "--experts-dir"])
     models.add_argument("--remove", metavar="NAME", help="delete the pack NAME")
+
+    completion = _add_command(commands, "completion", _completion, "print what a shell needs to complete this", ())
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell: bash, zsh or fish")
     return parser
 
 
@@ -351,6 +354,13 @@ def _models(arguments: argparse.Namespace, values: FlagValues) -> int:
             (pack.name, format_size(pack.bytes), pack.format, str(pack.experts), model, f"{pack.folder}{state}")
         )
     screen.answer(table(rows, right=(1, 3)))
+    return ExitCode.DONE
+
+
+def _completion(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from tui.completion import SHELLS, read_parser
+
+    sys.stdout.write(SHELLS[arguments.shell](read_parser(build_parser())))
     return ExitCode.DONE
 
 

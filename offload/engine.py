@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -18,11 +19,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from cache.policies import PolicyError, make_policy
 from cache.trace import TraceRecorder
+from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.devices import SlotArena
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import CacheSnapshot, Done, Event, FinishReason, PrefillProgress, RunStats, Token
+from offload.events import CacheSnapshot, Done, Event, FinishReason, LiveChanges, PrefillProgress, RunStats, Token
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
 from offload.live import LiveView, Recording, current_settings, name_choices, save_trace
@@ -33,6 +35,7 @@ from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
+from offload.model.next_gate import NextGate
 from offload.model.prompt import PromptEncoder
 from offload.protocol import Message, OnLoad
 
@@ -81,6 +84,7 @@ class Engine:
         arena: SlotArena,
         live: LiveView,
         new_recorder: Callable[[], TraceRecorder],
+        new_predictor: Callable[[], NextGate],
         settings: EngineSettings,
     ) -> None:
         self._model = model
@@ -94,6 +98,7 @@ class Engine:
         self._arena = arena
         self._live = live
         self._recording = Recording(runtime, new_recorder)
+        self._new_predictor = new_predictor
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
         self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
@@ -222,6 +227,11 @@ class Engine:
         current = current_settings(self._settings, self._plan.residency, self._plan.budget)
         latest = sums.first_token_seconds[-1] if sums.first_token_seconds else None
         return self._live.snapshot(stats, latest, len(self._kv.tokens), current)
+
+    def change(self, changes: LiveChanges) -> None:
+        """See :meth:`offload.protocol.LiveEngine.change`."""
+        self._settings = apply_changes(changes, self._settings, self._runtime, self._new_predictor)
+        self._labels = replace(self._labels, policy=self._settings.policy, prefetch=self._settings.prefetch)
 
     @property
     def choices(self) -> Mapping[str, Sequence[str]]:

@@ -120,7 +120,11 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         )
 
     weight_format = get_format(settings.format)
-    predictor = NextGate(model, modules) if settings.prefetch == "next-gate" else None
+
+    def new_predictor() -> NextGate:
+        return NextGate(model, modules)
+
+    predictor = new_predictor() if settings.prefetch == "next-gate" else None
     compute = expert_compute(weight_format, products)
     recorder = new_recorder() if settings.trace_out is not None else None
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
@@ -146,6 +150,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         "arena": arena,
         "live": LiveView(runtime, usage),
         "new_recorder": new_recorder,
+        "new_predictor": new_predictor,
         "settings": settings,
     }
 

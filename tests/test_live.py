@@ -13,7 +13,7 @@ from cache.trace import load_trace
 from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import RunLocalError, UsageError
-from offload.events import CacheSnapshot, Done, ExpertState, Token
+from offload.events import CacheSnapshot, Done, ExpertState, LiveChanges, Token
 from tests.engines import GREEDY, finish, open_tiny
 from tests.tiny_models import build_tiny
 
@@ -123,3 +123,44 @@ def test_trace_out_is_not_ended_by_a_recording(checkpoint: Path, packs: Path, tm
 def test_the_names_that_can_be_chosen(engine: Engine) -> None:
     assert {"lru", "lfu", "ewma"} <= set(engine.choices["policy"])
     assert "off" in engine.choices["prefetch"]
+
+
+def test_a_policy_is_changed_between_tokens_and_residents_stay(engine: Engine) -> None:
+    stream = engine.generate("Once upon a time", SamplingSettings(temperature=0, max_new_tokens=12))
+    before, after = None, None
+    for number, event in enumerate(stream):
+        if number == 6:
+            assert isinstance(event, Token)
+            before = engine.snapshot()
+            engine.change(LiveChanges(policy="lfu"))
+            after = engine.snapshot()
+            engine._runtime.cache.check_integrity()
+    assert before is not None and after is not None
+    assert before.states == after.states
+    assert (before.current.policy, after.current.policy, after.stats.policy) == ("ewma", "lfu", "lfu")
+    engine._runtime.cache.check_integrity()
+
+
+def test_a_change_does_not_change_the_tokens(checkpoint: Path, packs: Path) -> None:
+    sampling = SamplingSettings(temperature=0, max_new_tokens=12)
+    texts = []
+    for changes in (None, LiveChanges(policy="lru"), LiveChanges(prefetch="next-gate")):
+        with open_tiny(checkpoint, packs, residency=0.3) as engine:
+            text = ""
+            for number, event in enumerate(engine.generate("Once upon a time", sampling)):
+                if number == 5 and changes is not None:
+                    engine.change(changes)
+                text = event.text if isinstance(event, Done) else text
+            texts.append(text)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_what_cannot_be_changed_is_said_and_changes_nothing(engine: Engine) -> None:
+    for changes, problem in (
+        (LiveChanges(policy="nope"), "unknown policy 'nope'; there are"),
+        (LiveChanges(policy="lru", prefetch="nope"), "'nope' is not one of off"),
+        (LiveChanges(policy="lru", ram=1), "ram cannot be changed"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            engine.change(changes)
+        assert engine.snapshot().current.policy == "ewma"

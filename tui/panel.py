@@ -51,9 +51,17 @@ def compact(figures: Figures | None, width: int) -> Line:
 
 
 def panel_lines(
-    figures: Figures, speeds: Sequence[float | None], hits: Sequence[float | None], effect: Effect | None, width: int
+    figures: Figures,
+    speeds: Sequence[float | None],
+    hits: Sequence[float | None],
+    effect: Effect | None,
+    width: int,
+    roomy: bool = False,
 ) -> list[Line]:
-    """All figures, ``width`` columns wide. Rows of a tier that does not exist are left out."""
+    """All figures, ``width`` columns wide; ``roomy`` puts a blank line between the groups.
+
+    Rows of a tier that does not exist are left out.
+    """
     lines: list[Line] = [
         _title("Speed"),
         _row(
@@ -91,7 +99,10 @@ def panel_lines(
     if figures.prefetched:
         wasted = figures.prefetched - figures.prefetch_used
         lines.append(_row("prefetch", f"{figures.prefetch_used} used, {wasted} wasted", "", width))
-    return lines + [_title("Time"), *_time(figures, width), *effect_lines(effect, width)]
+    lines += [_title("Time"), *_time(figures, width), *effect_lines(effect, width)]
+    if not roomy:
+        return lines
+    return [part for line in lines for part in ([[], line] if line[0][1] == "title" else [line])]
 
 
 def _time(figures: Figures, width: int) -> list[Line]:

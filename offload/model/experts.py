@@ -79,7 +79,7 @@ class ExpertRuntime:
         self._format = weight_format
         self._compute = compute
         self.recorder = recorder
-        self._predictor = predictor
+        self.predictor = predictor
         self._ahead: dict[ExpertKey, Ticket] = {}  # prefetches under way
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
         self._tickets: dict[ExpertKey, Ticket] = {}
@@ -114,8 +114,8 @@ class ExpertRuntime:
         hits = list(found.hits)
         try:
             loading += self._start_loads(misses)  # before the hits compute, so that both happen at once
-            if self._predictor is not None and self.current.decode and not misses:
-                self._prefetch(self._predictor.predict(layer, hidden, top_k_index.shape[1]))
+            if self.predictor is not None and self.current.decode and not misses:
+                self._prefetch(self.predictor.predict(layer, hidden, top_k_index.shape[1]))
             while hits:
                 some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
                 del hits[: len(some)]

@@ -166,7 +166,7 @@ class ChatApp(App[int]):
 
     def _take_news(self) -> None:
         """Show what has arrived."""
-        if not self.is_running or not self._news:
+        if not self.is_running or not self.screen_stack or not self._news:
             return
         with self._context():
             count = len(self._news)
@@ -174,6 +174,8 @@ class ChatApp(App[int]):
 
     def _tick(self) -> None:
         """Show new text, and the figures as often as they are due; then wait longer, the more that costs."""
+        if not self.is_running or not self.screen_stack:
+            return
         self._take_news()
         if self._pace.figures_due(self.busy):
             self.show_figures()
@@ -250,6 +252,12 @@ class ChatApp(App[int]):
             self.prompt.put(f"/{action.slash} ")
         else:
             self.act(name)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """A screen over the chat has keys of its own; there the app's mean nothing but these."""
+        if action == "act" and len(self.screen_stack) > 1:
+            return parameters[0] in ("quit", "suspend")
+        return super().check_action(action, parameters)
 
     def action_act(self, name: str) -> None:
         self.act(name)

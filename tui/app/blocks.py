@@ -9,7 +9,7 @@ from rich.markdown import Markdown
 
 LONGEST_TAIL = 60
 """Lines of one unfinished block before it is settled in pieces: a listing, a list or a table of thousands of lines."""
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`\n]*\n")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^`\s]*)[^`\n]*\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ class Drawer(VerticalScroll):
     Drawer { width: 44; border: round $accent; padding: 0 1; background: $background; display: none; }
     Drawer .field { height: auto; margin: 0 0 1 0; }
     Drawer Label { color: $text-muted; }
-    Drawer Input { border: none; height: 1; background: $surface; padding: 0 1; }
+    Drawer Input, Drawer Input:focus { border: none; height: 1; background: $surface; padding: 0 1; }
     Drawer Input:focus { background: $panel; }
     """
 

@@ -99,8 +99,8 @@ class LoadScreen(ModalScreen[None]):
             self.repaint()
 
     def repaint(self) -> None:
-        box = self.query_one("#loading", LineBox)
-        box.show(self.lines(max(20, box.content_size.width)))
+        for box in self.query("#loading").results(LineBox):  # none while the screen comes or goes
+            box.show(self.lines(max(20, box.content_size.width)))
 
     def lines(self, width: int) -> list[Line]:
         """What it shows, ``width`` columns wide."""

@@ -92,7 +92,9 @@ class ExpertMap(Widget, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         grid, width, base = self._grid, self.size.width, self._look.base
-        if y == self.size.height - 1:
+        per_line = 1 if self.glyphs else 2
+        rows = -(-len(grid.cells) // per_line) if grid is not None else 0
+        if y == min(rows, self.size.height - 1):
             return Strip([Segment(self.details[:width], base + self._look.dim)]).adjust_cell_length(width, base)
         if grid is None:
             return Strip.blank(width, base)

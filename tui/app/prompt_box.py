@@ -69,7 +69,8 @@ class PromptBox(TextArea):
         """The key for leaving was pressed with nothing typed."""
 
     def __init__(self, history: PromptHistory, id: str | None = None) -> None:
-        super().__init__(id=id, soft_wrap=True, show_line_numbers=False, compact=False, highlight_cursor_line=False)
+        super().__init__(id=id, soft_wrap=True, show_line_numbers=False, highlight_cursor_line=False)
+        self.placeholder = "ask something, or type / for a command"
         self._history = history
         self._place = 0  # how far back in the history
         self._typed = ""

@@ -68,7 +68,7 @@ class Renderer:
         if block.language is not None:
             return lines + self._code(block, number)
         markdown = _Markdown(printable(block.source), code_theme=self.look.code_theme, hyperlinks=False)
-        return lines + [self._line(row) for row in self._rows(markdown, self.width)]
+        return lines + [self._line(row) for row in _trimmed(self._rows(markdown, self.width))]
 
     def pieces(self, lines: Sequence[Sequence[tuple[str, str]]]) -> list[Line]:
         """Lines of :mod:`tui.panel`."""
@@ -98,6 +98,14 @@ class Renderer:
         base = self.look.base + style if style else self.look.base
         strip = Strip(Segment.apply_style(segments, base)).adjust_cell_length(self.width, base)
         return Line(strip.simplify(), act)
+
+
+def _trimmed(rows: list[list[Segment]]) -> list[list[Segment]]:
+    """``rows`` without the blank ones that rich puts around tables."""
+    shown = [any(segment.text.strip() for segment in row) for row in rows]
+    if True not in shown:
+        return []
+    return rows[shown.index(True) : len(rows) - shown[::-1].index(True)]
 
 
 @lru_cache(maxsize=8)

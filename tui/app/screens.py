@@ -50,8 +50,8 @@ class TextScreen(ModalScreen[None]):
 
     def _show(self) -> None:
         reading = self.query_one("#reading", Transcript)
+        reading.stay()
         reading.add(Document(self._markdown))
-        reading.scroll_home(animate=False)
         reading.focus()
 
 
@@ -72,7 +72,7 @@ class LineScreen(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical() as box:
             box.border_title = self._title
-            yield Input(self._text, id="line")
+            yield Input(self._text, id="line", compact=True)
 
     @on(Input.Submitted)
     def _take(self, event: Input.Submitted) -> None:
@@ -97,7 +97,8 @@ class ListScreen(ModalScreen[tuple[str, str] | None]):
     DEFAULT_CSS = f"""
     ListScreen {{ {_BOX} }}
     ListScreen OptionList {{ height: 1fr; border: none; background: $background; }}
-    ListScreen Input {{ border: none; height: 1; background: $surface; margin: 0 0 1 0; padding: 0 1; }}
+    ListScreen Input, ListScreen Input:focus {{ border: none; height: 1; background: $surface; margin: 0 0 1 0;
+        padding: 0 1; }}
     ListScreen #hint {{ color: $text-muted; height: 1; }}
     """
     BINDINGS = [  # noqa: RUF012 - as Textual wants it

@@ -70,7 +70,8 @@ class Sidebar(Vertical):
             return
         panel = self.query_one("#panel", LineBox)
         width = max(20, panel.content_size.width)
-        panel.show(panel_lines(now, list(self._speeds), list(self._hits), effect, width))
+        roomy = app.size.height >= (48 if self.query_one("#map").display else 36)
+        panel.show(panel_lines(now, list(self._speeds), list(self._hits), effect, width, roomy))
         map = self.query_one("#map", ExpertMap)
         if map.display:
             map.show(snapshot)

@@ -32,7 +32,7 @@ _SLICE_SECONDS = 0.008
 class Transcript(ScrollView, can_focus=True):
     """Entries from top to bottom. It follows the end until the user scrolls up, and again from the end on."""
 
-    DEFAULT_CSS = "Transcript { height: 1fr; scrollbar-size-vertical: 1; padding: 0 1; }"
+    DEFAULT_CSS = "Transcript { height: 1fr; overflow-x: hidden; scrollbar-size-vertical: 1; padding: 0 1; }"
     ALLOW_SELECT: ClassVar[bool] = True
 
     class CopyWanted(Message):
@@ -98,6 +98,11 @@ class Transcript(ScrollView, can_focus=True):
             entry.render(self.renderer)
         self._measure(0)
         self._catch_up()
+
+    def stay(self) -> None:
+        """Go to the beginning and stay there."""
+        self._following = False
+        self.scroll_to(y=0, animate=False, immediate=True)
 
     def follow(self) -> None:
         """Go to the end and stay there."""
