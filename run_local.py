@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -19,8 +18,10 @@ from tui.bench import BENCH_SAMPLING_FLAGS, add_bench_flags, given_flags, read_t
 from tui.failures import EXIT_CODES, ExitCode, run_guarded
 from tui.flags import FORMAT_FLAGS, MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, Flag, FlagValues, read_flags
 from tui.libraries import hub_is_offline, prepare_libraries
+from tui.outputs import check_outputs
+from tui.question import read_question
 from tui.saved import add_saved_flags, find_saved, is_full_terminal, list_saved
-from tui.text import check_text, decode
+from tui.text import check_text
 
 if TYPE_CHECKING:
     from offload.config import EngineSettings, SamplingSettings
@@ -153,48 +154,34 @@ def _add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag
 
 def _chat(arguments: argparse.Namespace, values: FlagValues) -> int:
     settings, sampling = values.engine(), values.sampling()
-    _check_outputs(values)
-    question = _question(arguments.question)
-    system = check_text(arguments.system or "", "--system")
-
-    saved = find_saved(arguments)
     if arguments.list:
         from tui.screen import Screen
 
         Screen().answer(list_saved())
         return ExitCode.DONE
+    check_outputs(values)
+    question = read_question(arguments.question)
+    system = check_text(arguments.system or "", "--system") or None
+    saved = find_saved(arguments)
     if question is None and not arguments.plain and is_full_terminal(os.environ):
         from tui.app.run import ChatRequest, run_app
 
         prepare_libraries(settings.offline)
         host = LocalHost(values.given.get("stats_json"), settings.experts_dir)
-        return run_app(host, ChatRequest(settings, sampling, system or None, saved))
+        return run_app(host, ChatRequest(settings, sampling, system, saved))
 
-    from tui.conversation import Conversation
     from tui.plain import PlainChat
     from tui.prompt import terminal_reader
+    from tui.saved import plain_session
     from tui.screen import Screen
 
     screen = Screen()
-    with _open_engine(settings, values, screen) as engine:
-        chat = PlainChat(engine, screen, sampling, Conversation(system or None))
+    with (
+        closing(plain_session(saved, sampling, system, screen.problem)) as session,
+        _open_engine(settings, values, screen) as engine,
+    ):
+        chat = PlainChat(engine, screen, sampling, session=session)
         return chat.talk(terminal_reader(screen)) if question is None else chat.answer_once(question)
-
-
-def _question(given: str | None) -> str | None:
-    """The one question to answer: from the command line, standard input, or both; None if the user will type.
-
-    Raises UsageError for an empty one.
-    """
-    text = check_text(given, "the question") if given is not None else None
-    if text is not None and not text.strip():
-        raise UsageError("the question is empty")
-    if sys.stdin.isatty():
-        return text
-    piped = decode(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
-    if text is None and not piped.strip():
-        raise UsageError("standard input is empty; give a question there or after 'chat'")
-    return "\n\n".join(part for part in (text, piped) if part is not None and part.strip())
 
 
 def _batch(arguments: argparse.Namespace, values: FlagValues) -> int:
@@ -205,7 +192,7 @@ def _batch(arguments: argparse.Namespace, values: FlagValues) -> int:
     from tui.screen import Screen
 
     settings, sampling = values.engine(), values.sampling()
-    _check_outputs(values)
+    check_outputs(values)
     source = BatchInput.open(arguments.input)
     path = None if arguments.output == "-" else Path(arguments.output)
     seed = choose_seed(sampling.seed, path if arguments.resume else None)
@@ -305,7 +292,7 @@ def _bench(arguments: argparse.Namespace, values: FlagValues) -> int:
     request, settings, sampling = read(arguments, values)
     text = read_text(request.perplexity) if request.perplexity is not None else None
     if not request.compare:
-        _check_outputs(values)
+        check_outputs(values)
         prepare_libraries(settings.offline)
     screen = Screen()
     with LoadReporter(screen) as report:
@@ -380,35 +367,6 @@ def _open_engine(settings: EngineSettings, values: FlagValues, screen: Screen) -
             yield engine
         finally:
             write_stats(engine, values.given.get("stats_json"))
-
-
-def _check_outputs(values: FlagValues) -> None:
-    """Find out before a model is loaded that a report could not be written at the end. Raises UsageError."""
-    seen: dict[Path, str] = {}
-    for dest in ("stats_json", "trace_out"):
-        path: Path | None = values.given.get(dest)
-        if path is None:
-            continue
-        flag = "--" + dest.replace("_", "-")
-        try:
-            _try_to_write(path)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"{flag}: {path} cannot be written ({reason})") from error
-        other = seen.setdefault(path.resolve(), flag)
-        if other != flag:
-            raise UsageError(f"{flag}: {path} is the file of {other} too")
-
-
-def _try_to_write(path: Path) -> None:
-    if path.exists() and not path.is_file() and not path.is_dir():
-        if not os.access(path, os.W_OK):  # opening a pipe to try it would end it for its reader
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return
-    existed = path.exists()
-    open(path, "ab").close()
-    if not existed:
-        path.unlink()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tui.interrupts import CancelOnInterrupt
 from tui.progress import PrefillReporter
 from tui.prompt import Entry, PromptReader
 from tui.screen import Screen
+from tui.session import Session
 from tui.status import status_line
 
 
@@ -23,14 +24,26 @@ class PlainChat:
     """One conversation with an engine. Answers go to stdout, everything else to stderr."""
 
     def __init__(
-        self, engine: ChatEngine, screen: Screen, sampling: SamplingSettings, conversation: Conversation | None = None
+        self,
+        engine: ChatEngine,
+        screen: Screen,
+        sampling: SamplingSettings,
+        conversation: Conversation | None = None,
+        session: Session | None = None,
     ) -> None:
+        """``session``, with the conversation in it, may be saved; ``conversation`` alone is not."""
         self.engine = engine
         self.screen = screen
-        self.conversation = conversation or Conversation()
+        self.session = session or Session(None, sampling)
+        if conversation is not None:
+            self.session.conversation = conversation
         self.leaving = False
         self._sampling = sampling
         self._asked = 0
+
+    @property
+    def conversation(self) -> Conversation:
+        return self.session.conversation
 
     def answer_once(self, question: str) -> ExitCode:
         """Answer one question. Raises RunLocalError if it cannot be asked at all."""
@@ -59,14 +72,14 @@ class PlainChat:
         does not fit, RunLocalError if it cannot be asked, KeyboardInterrupt at the second Ctrl-C.
         """
         base = list(self.conversation.turns if turns is None else turns)
-        self.conversation.pending = (question, base)
+        self.session.ask(question, base)
         with CancelOnInterrupt(self.engine) as interrupts:
             try:
                 kept, events = self._start(question, base)
                 done = self._show(events, interrupts)
             finally:
                 self.screen.end_answer()
-        became_turn = self.conversation.commit(kept, question, done)
+        became_turn = self.session.end(done, kept)
         self._tell_end(done, became_turn)
         return done
 

@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from offload.config import SamplingSettings
 from offload.errors import UsageError
+from tui.session import Session
 from tui.store import Store, conversations_folder
 from tui.tables import table
 
@@ -39,6 +41,18 @@ def list_saved() -> str:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved.changed))
         rows.append((saved.id, when, str(len(saved.conversation.turns)), saved.model, saved.name))
     return table(rows, right=(2,))
+
+
+def plain_session(
+    saved: Path | None, sampling: SamplingSettings, system: str | None, on_problem: Callable[[str], None]
+) -> Session:
+    """What the plain console talks in: nothing of it is saved unless it goes on with a saved conversation."""
+    session = Session(None, sampling, system, on_problem)
+    if saved is not None:
+        session.resume(saved)
+        if system is not None:
+            session.set_system(system)
+    return session
 
 
 def is_full_terminal(environ: Mapping[str, str] = os.environ) -> bool:

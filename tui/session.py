@@ -84,9 +84,12 @@ class Session:
         if self._clock() - self._written_at >= _PART_SECONDS:
             self._flush()
 
-    def end(self, done: Done) -> bool:
-        """The answer is over. Returns whether it became a turn."""
-        became_turn = self.conversation.commit(self._base, self._question, done)
+    def end(self, done: Done, kept: Sequence[Turn] | None = None) -> bool:
+        """The answer is over; it follows ``kept`` (default: all turns it was asked after).
+
+        Returns whether it became a turn.
+        """
+        became_turn = self.conversation.commit(self._base if kept is None else kept, self._question, done)
         self._parts = []
         self._write("end", sync=True, text=done.text, reason=done.reason if became_turn else None)
         return became_turn

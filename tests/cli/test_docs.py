@@ -22,7 +22,7 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
     return {"run-local": parser, **commands.choices}
 
 
-@pytest.mark.parametrize("name", ["run-local", "chat", "batch", "plan", "pack", "bench", "models"])
+@pytest.mark.parametrize("name", ["run-local", "chat", "batch", "plan", "pack", "bench", "models", "completion"])
 def test_every_flag_and_command_is_in_the_manual(name: str) -> None:
     parsers = _parsers()
     if name != "run-local":
@@ -34,7 +34,7 @@ def test_every_flag_and_command_is_in_the_manual(name: str) -> None:
 
 
 def test_no_command_is_missing_here() -> None:
-    assert set(_parsers()) == {"run-local", "chat", "batch", "plan", "pack", "bench", "models"}
+    assert set(_parsers()) == {"run-local", "chat", "batch", "plan", "pack", "bench", "models", "completion"}
 
 
 def test_exit_codes_chat_commands_and_row_fields() -> None:

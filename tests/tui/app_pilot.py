@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from textual.pilot import Pilot
 
 from offload.config import EngineSettings, SamplingSettings
+from tests.tui.fake_engine import Answer
 from tests.tui.live_engine import FakeHost, FakeLiveEngine
 from tui.app.app import ChatApp
 from tui.app.entries import Note
@@ -89,3 +90,11 @@ def screen_text(app: ChatApp) -> str:
     lines = app.screen._compositor.render_strips()
     assert len(lines) == height
     return "\n".join("".join(segment.text for segment in strip).rstrip()[:width] for strip in lines)
+
+
+def go(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(test)
+
+
+def host_of(*answers: Answer, **engine: Any) -> FakeHost:
+    return FakeHost({"demo": FakeLiveEngine(answers or (Answer(),), **engine)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -140,13 +141,16 @@ class ChatApp(App[int]):
             with Vertical(id="talk"):
                 yield Transcript(look, id="transcript")
                 yield LineBox(look, id="status")
-                yield PromptBox(self._history, id="prompt")
+                yield PromptBox(self._history, self.look_settings.keys, id="prompt")
             yield Drawer(look, id="drawer")
             yield Sidebar(look, id="side")
         yield Footer()
 
     def on_mount(self) -> None:
         self._loop = asyncio.get_running_loop()
+        if not self.is_headless:
+            for number in (signal.SIGTERM, signal.SIGHUP):  # or the terminal would stay as it is
+                self._loop.add_signal_handler(number, self.leave, 128 + number)
         self.theme_changed_signal.subscribe(self, lambda theme: self.restyle())
         self.arrange()
         self.show_title()

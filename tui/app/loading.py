@@ -53,11 +53,13 @@ def take(app: ChatApp, news: Loading | Opened | NotOpened) -> None:
         if not app.session.conversation.turns:
             app.say(f"chat with {news.engine.model_name}; type a question, F1 shows keys and commands")
     elif news.cancelled:
+        app.plan = None
         close_screen(app)
         app.say("loading was cancelled; /models or F6 chooses a model")
         app.show_figures()
         app.show_title()
     else:
+        app.plan = None
         app.last_problem = news.problem
         app.say(f"{news.settings.model} could not be loaded: {news.problem}", "bad")
         for screen in screens:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from textual import events
-from textual.binding import Binding
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -43,20 +42,17 @@ class PromptHistory:
 
 
 class PromptBox(TextArea):
-    """Sends :class:`Sent`. Its bindings are those of the actions whose scope is the prompt."""
+    """Sends :class:`Sent`. Its keys are those of the actions whose scope is the prompt.
+
+    They are no bindings: a binding would be looked up when a key arrives at the app, before the letters that came just
+    ahead of it have reached this widget, and a message typed fast or sent in a burst would lose its end.
+    """
 
     DEFAULT_CSS = """
     PromptBox { height: auto; min-height: 3; max-height: 10; border: round $primary 50%; padding: 0 1;
         background: $background; scrollbar-size-vertical: 1; }
     PromptBox:focus { border: round $primary; }
     """
-    BINDINGS = [  # noqa: RUF012 - as Textual wants it
-        Binding(
-            ",".join(action.keys), f"prompt('{action.name}')", action.help, show=False, priority=True, id=action.name
-        )
-        for action in ACTIONS
-        if action.scope == "prompt"
-    ]
 
     class Sent(Message):
         """A message was finished."""
@@ -68,14 +64,26 @@ class PromptBox(TextArea):
     class Leave(Message):
         """The key for leaving was pressed with nothing typed."""
 
-    def __init__(self, history: PromptHistory, id: str | None = None) -> None:
+    def __init__(self, history: PromptHistory, keys: Mapping[str, str], id: str | None = None) -> None:
+        """``keys``: what the user wants other keys for, by action, comma-separated."""
         super().__init__(id=id, soft_wrap=True, show_line_numbers=False, highlight_cursor_line=False)
+        self._actions = {
+            key: action.name
+            for action in ACTIONS
+            if action.scope == "prompt"
+            for key in (keys[action.name].split(",") if action.name in keys else action.keys)
+        }
         self.placeholder = "ask something, or type / for a command"
         self._history = history
         self._place = 0  # how far back in the history
         self._typed = ""
 
-    def action_prompt(self, name: str) -> None:
+    async def _on_key(self, event: events.Key) -> None:
+        name = next((self._actions[key] for key in (event.key, *event.aliases) if key in self._actions), None)
+        if name is None:
+            return  # the text area's own handler comes next
+        event.stop()
+        event.prevent_default()
         steps = {
             "send": self._send,
             "newline": lambda: self.insert("\n"),
