@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from cache.keys import ExpertKey
 from cache.policies.base import Policy
+from cache.shares import layer_shares
 
 
 class SlotState(Enum):
@@ -73,20 +75,26 @@ class ExpertCache:
     A slot that is loading, or whose key the open event still needs, is never a victim. Victims come from outside the
     event first, and from its released keys only when nothing else is left, so an event larger than the cache streams
     through whatever slots there are; one is enough.
+
+    With ``layers`` (scope ``layer``) each layer has an even share of the slots and finds its victims among its own
+    keys. A layer below its share gets a free slot, or else one of the layer that is furthest above its own: after a
+    change of scope, or where there are fewer slots than layers and an event needs one all the same.
     """
 
-    def __init__(self, slots: int, policy: Policy) -> None:
+    def __init__(self, slots: int, policy: Policy, layers: Iterable[int] | None = None) -> None:
         if slots < 1:
             raise ValueError("an expert cache needs at least one slot")
         self.policy = policy
         self.counters = CacheCounters()
         self._key: list[ExpertKey | None] = [None] * slots
-        self._state = [SlotState.EMPTY] * slots
         self._slot: dict[ExpertKey, int] = {}
         self._free = list(range(slots - 1, -1, -1))  # taken from the end: slot 0 first
         self._loading: set[ExpertKey] = set()
-        self._event: frozenset[ExpertKey] = frozenset()
+        self._event: Sequence[ExpertKey] = ()
         self._needed: set[ExpertKey] = set()  # keys of the open event that were not released
+        self._keys: defaultdict[int, list[ExpertKey]] = defaultdict(list)  # by layer and expert: made once
+        self._held: defaultdict[int, int] = defaultdict(int)  # slots that each layer has
+        self._share = None if layers is None else layer_shares(slots, layers)
 
     @property
     def slots(self) -> int:
@@ -94,8 +102,9 @@ class ExpertCache:
 
     def state(self, key: ExpertKey) -> SlotState:
         """EMPTY means: not resident."""
-        slot = self._slot.get(key)
-        return SlotState.EMPTY if slot is None else self._state[slot]
+        if key not in self._slot:
+            return SlotState.EMPTY
+        return SlotState.LOADING if key in self._loading else SlotState.READY
 
     def slot(self, key: ExpertKey) -> int:
         """The slot of a resident key. Raises KeyError if it has none."""
@@ -105,11 +114,29 @@ class ExpertCache:
         """Keys that hold a slot, loading ones included."""
         return set(self._slot)
 
+    def has_free_slot(self, layer: int) -> bool:
+        """Whether a key of ``layer`` could be admitted now without a victim."""
+        return self._free_for(layer) > 0
+
     def occupancy(self) -> list[tuple[ExpertKey, SlotState]]:
         """The resident keys with their states. The one method that other threads may call: the copies are made in one
         step each, so that a key may show the state of a moment before, but nothing is torn."""
-        keys, states = self._key[:], self._state[:]
-        return [(key, state) for key, state in zip(keys, states, strict=True) if key is not None]
+        keys, loading = self._key[:], self._loading.copy()
+        return [(key, SlotState.LOADING if key in loading else SlotState.READY) for key in keys if key is not None]
+
+    def change_policy(self, policy: Policy, layers: Iterable[int] | None = None) -> None:
+        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents
+        stay.
+
+        The policy is told of them as if they had just been admitted, the coldest of the old policy first. Raises
+        RuntimeError if an event is open.
+        """
+        if self._event:
+            raise RuntimeError("change_policy: an event is open")
+        for key in self.policy.victims(len(self._slot), ()) or ():
+            policy.admit(key)
+        self.policy = policy
+        self._share = None if layers is None else layer_shares(self.slots, layers)
 
     def lookup(self, layer: int, experts: Iterable[int], *, decode: bool = True) -> Lookup:
         """Open an event: classify all of its experts at once, count them and tell the policy.
@@ -118,50 +145,77 @@ class ExpertCache:
         """
         if self._event:
             raise RuntimeError("lookup: the event before was not ended")
-        keys = [ExpertKey(layer, expert) for expert in dict.fromkeys(experts)]
+        keys = self.keys(layer, dict.fromkeys(experts))
         found = Lookup([], [], [])
-        by_state = {SlotState.READY: found.hits, SlotState.LOADING: found.pending, SlotState.EMPTY: found.misses}
         for key in keys:
-            by_state[self.state(key)].append(key)
+            if key not in self._slot:
+                found.misses.append(key)
+            elif key in self._loading:
+                found.pending.append(key)
+            else:
+                found.hits.append(key)
         counters = self.counters.decode if decode else self.counters.prefill
         counters.hits += len(found.hits)
         counters.pending += len(found.pending)
         counters.misses += len(found.misses)
-        self._event = frozenset(keys)
+        self._event = keys
         self._needed = set(keys)
         self.policy.record_event(keys)
         return found
 
+    def keys(self, layer: int, experts: Iterable[int]) -> list[ExpertKey]:
+        """The keys of ``experts`` of ``layer``; the same objects every time, since making them takes time."""
+        known = self._keys[layer]
+        try:
+            return [known[expert] for expert in experts]
+        except IndexError:
+            experts = list(experts)
+            known += [ExpertKey(layer, expert) for expert in range(len(known), max(experts) + 1)]
+            return [known[expert] for expert in experts]
+
     def reserve(self, keys: Sequence[ExpertKey], limit: int | None = None) -> list[Reservation]:
         """Give slots to the first of ``keys``, as many as can be had now (and at most ``limit``); maybe none.
 
-        The reserved keys are loading afterwards, and the victims are no longer resident. Raises ValueError if a key
-        is resident already.
+        ``keys`` are of one layer. The reserved keys are loading afterwards, and the victims are no longer resident.
+        Raises ValueError if a key is resident already.
         """
         for key in keys:
             if key in self._slot:
                 raise ValueError(f"reserve: {key} is resident already")
         wanted = len(keys) if limit is None else min(limit, len(keys))
-        victims = self._choose_victims(wanted - len(self._free))
-        return self._take_slots(keys[: min(wanted, len(self._free) + len(victims))], victims)
+        if wanted <= 0:
+            return []
+        layer = keys[0].layer
+        free = min(wanted, self._free_for(layer))
+        victims = self._choose_victims(wanted - free, layer) if free < wanted else []
+        return self._take_slots(keys[: free + len(victims)], free, victims)
 
     def reserve_ahead(self, keys: Sequence[ExpertKey]) -> list[Reservation]:
         """Give slots to some of ``keys``, first ones first, for loads on a prediction: maybe none.
 
-        Resident keys are passed over. At most a quarter of the slots is ever loading after this, so that demand finds
-        slots; what goes is what the policy calls cold, outside the open event and outside ``keys``.
+        ``keys`` are of one layer; resident ones are passed over. At most a quarter of the slots (under the scope
+        ``layer``: of the layer's share) is ever loading after this, so that demand finds slots; what goes is what the
+        policy calls cold, outside the open event and outside ``keys``.
         """
         missing = [key for key in keys if key not in self._slot]
-        room = max(0, len(self._key) // 4 - len(self._loading))
-        wanted = missing[:room]
-        blocked = self._event | self._loading | set(keys)
-        victims = self.policy.cold(len(wanted) - len(self._free), blocked)
-        return self._take_slots(wanted[: len(self._free) + len(victims)], victims)
+        if not missing:
+            return []
+        layer = missing[0].layer
+        if self._share is None:
+            room, scope = len(self._key) // 4 - len(self._loading), None
+        else:
+            room, scope = self._share[layer] // 4 - sum(key.layer == layer for key in self._loading), layer
+        wanted = missing[: max(0, room)]
+        free = min(len(wanted), self._free_for(layer))
+        victims = []
+        if free < len(wanted):
+            blocked = {*self._event, *self._loading, *keys}
+            victims = self.policy.cold(len(wanted) - free, blocked, scope)
+        return self._take_slots(wanted[: free + len(victims)], free, victims)
 
     def commit(self, key: ExpertKey) -> None:
         """The load of ``key`` is done. Raises ValueError if it was not loading."""
         self._finish_loading(key)
-        self._state[self._slot[key]] = SlotState.READY
 
     def abandon(self, key: ExpertKey) -> None:
         """The load of ``key`` failed or is not wanted: its slot is empty again. Raises ValueError if not loading."""
@@ -177,52 +231,95 @@ class ExpertCache:
 
     def end_event(self) -> None:
         """Close the event; nothing is protected on its account any more. Loads in flight stay loading."""
-        self._event = frozenset()
-        self._needed.clear()
+        self._event = ()
+        self._needed = set()
+
+    def clear(self) -> None:
+        """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError within one."""
+        if self._event or self._loading:
+            raise RuntimeError("clear: an event is open or a record is loading")
+        for key in list(self._slot):
+            self._vacate(key)
 
     def check_integrity(self) -> None:
         """Assert every invariant of the state machine. For tests; O(slots)."""
         held = {key: slot for slot, key in enumerate(self._key) if key is not None}
         assert held == self._slot, "keys and slots name each other"
         assert len(self._free) == len(set(self._free)), "a free slot is free once"
-        for slot, (key, state) in enumerate(zip(self._key, self._state, strict=True)):
-            assert (state is SlotState.EMPTY) == (key is None) == (slot in self._free), f"slot {slot} is consistent"
-        loading = {key for key, slot in self._slot.items() if self._state[slot] is SlotState.LOADING}
-        assert loading == self._loading, "the loading set matches the slot states"
-        assert self._needed <= self._event, "only keys of the open event are needed"
+        for slot, key in enumerate(self._key):
+            assert (key is None) == (slot in self._free), f"slot {slot} is consistent"
+        assert self._loading <= self._slot.keys(), "what is loading has a slot"
+        assert self._needed <= set(self._event), "only keys of the open event are needed"
         assert self.policy.resident() == set(self._slot), "the policy knows exactly the resident keys"
+        by_layer = Counter(key.layer for key in self._slot)
+        assert by_layer == Counter(self._held), "the slots of each layer are counted"
         self.policy.check_integrity()
 
-    def _choose_victims(self, n: int) -> list[ExpertKey]:
-        """At most ``n`` keys to give up: outside the event first, then its released keys."""
-        if n <= 0:
-            return []
+    def _free_for(self, layer: int) -> int:
+        """Free slots that ``layer`` may take."""
+        if self._share is None:
+            return len(self._free)
+        return max(0, min(len(self._free), max(1, self._share[layer]) - self._held[layer]))
+
+    def _choose_victims(self, n: int, layer: int) -> list[ExpertKey]:
+        """At most ``n`` keys to give up for keys of ``layer``: outside the event first, then its released keys."""
+        if self._share is None:
+            return self._victims_among(n, None)
+        below = max(1, self._share[layer]) - self._held[layer]
         chosen: list[ExpertKey] = []
-        for protected in (self._event | self._loading, self._needed | self._loading):
-            blocked = protected | set(chosen)
-            available = len(self._slot) - sum(key in self._slot for key in blocked)
-            count = min(n - len(chosen), available)
-            more = self.policy.victims(count, blocked)
-            assert more is not None, "the policy has fewer victims than the cache"
-            chosen += more
+        if below > len(self._free):  # it may grow, but somebody else has the slots
+            chosen = self._victims_of_others(min(n, below - len(self._free)), layer)
+        return chosen + self._victims_among(n - len(chosen), layer)
+
+    def _victims_among(self, n: int, layer: int | None) -> list[ExpertKey]:
+        """At most ``n`` keys of ``layer`` (None: of all layers), outside the event first, then its released keys."""
+        chosen: list[ExpertKey] = []
+        for kept in (self._event, self._needed):
             if len(chosen) == n:
                 break
+            blocked = {*kept, *self._loading, *chosen}
+            if layer is None:
+                available = len(self._slot) - sum(key in self._slot for key in blocked)
+            else:
+                available = self._held[layer] - sum(key.layer == layer and key in self._slot for key in blocked)
+            more = self.policy.victims(min(n - len(chosen), available), blocked, layer)
+            assert more is not None, "the policy has fewer victims than the cache"
+            chosen += more
         return chosen
 
-    def _take_slots(self, keys: Sequence[ExpertKey], victims: list[ExpertKey]) -> list[Reservation]:
-        """Free slots first, then those of ``victims``; there are enough of both for all of ``keys``."""
+    def _victims_of_others(self, n: int, layer: int) -> list[ExpertKey]:
+        """At most ``n`` keys, each of the layer that is then furthest above its share, the lowest of several."""
+        assert self._share is not None
+        chosen: list[ExpertKey] = []
+        blocked = {*self._event, *self._loading}
+        above = {other: self._held[other] - share for other, share in self._share.items() if other != layer}
+        while above and len(chosen) < n:
+            most = max(above, key=lambda other: above[other])
+            more = self.policy.victims(1, blocked, most) if self._held[most] else None
+            if more:
+                chosen += more
+                blocked.update(more)
+                above[most] -= 1
+            else:
+                del above[most]
+        return chosen
+
+    def _take_slots(self, keys: Sequence[ExpertKey], free: int, victims: list[ExpertKey]) -> list[Reservation]:
+        """The first ``free`` keys take free slots, the others those of ``victims``, one for each."""
+        for victim in victims:  # all go before the first comes, so that a policy sees one search carried out
+            self._vacate(victim)
+        self.counters.evictions += len(victims)
+        slots = self._free[len(self._free) - len(keys) :]
+        del self._free[len(self._free) - len(keys) :]
+        slots = slots[: len(slots) - len(victims)][::-1] + slots[len(slots) - len(victims) :]
         reservations = []
-        for key in keys:
-            victim = None
-            if not self._free:
-                victim = victims.pop(0)
-                self._vacate(victim)
-                self.counters.evictions += 1
-            slot = self._free.pop()
-            self._key[slot], self._state[slot], self._slot[key] = key, SlotState.LOADING, slot
+        for number, (key, slot) in enumerate(zip(keys, slots, strict=True)):
+            self._key[slot] = key
+            self._slot[key] = slot
+            self._held[key.layer] += 1
             self._loading.add(key)
             self.policy.admit(key)
-            reservations.append(Reservation(key, slot, victim))
+            reservations.append(Reservation(key, slot, victims[number - free] if number >= free else None))
         return reservations
 
     def _finish_loading(self, key: ExpertKey) -> None:
@@ -232,6 +329,7 @@ class ExpertCache:
 
     def _vacate(self, key: ExpertKey) -> None:
         slot = self._slot.pop(key)
-        self._key[slot], self._state[slot] = None, SlotState.EMPTY
+        self._key[slot] = None
+        self._held[key.layer] -= 1
         self._free.append(slot)
         self.policy.evict(key)

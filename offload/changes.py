@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
-from cache.policies import PolicyError, make_policy
-from offload.config import PREFETCHES, EngineSettings
+from cache.cache_log import CacheSetup, LoggedCache
+from cache.policies import PolicyError
+from offload.config import EngineSettings
 from offload.errors import UsageError
 from offload.events import LiveChanges
 from offload.model.experts import ExpertRuntime
-from offload.model.next_gate import NextGate
+from offload.model.prefetchers import Prefetcher
+from offload.model.transformers_api import ExpertsModule
 
-_CHANGEABLE = ("policy", "prefetch")
+_CHANGEABLE = ("policy", "scope", "prefetch")
 
 
 def apply_changes(
-    changes: LiveChanges, settings: EngineSettings, runtime: ExpertRuntime, new_predictor: Callable[[], NextGate]
+    changes: LiveChanges,
+    settings: EngineSettings,
+    runtime: ExpertRuntime,
+    modules: Sequence[ExpertsModule],
+    make_prefetcher: Callable[[str], Prefetcher | None],
 ) -> EngineSettings:
     """Apply ``changes`` to ``runtime``; returns the settings that hold from now on.
 
-    A new policy begins with the resident records, in the order of their slots, and without a history. Raises UsageError
+    A new policy or scope begins with the resident records, the coldest first, and without a history. Raises UsageError
     for what cannot be changed or does not exist; nothing is changed then.
     """
     wanted = {field.name: value for field in fields(changes) if (value := getattr(changes, field.name)) is not None}
     for name in wanted:
         if name not in _CHANGEABLE:
             raise UsageError(f"{name} cannot be changed while a model is loaded; give --{name} at the start")
-    prefetch = changes.prefetch
-    if prefetch is not None and prefetch not in PREFETCHES:
-        raise UsageError(f"--prefetch: '{prefetch}' is not one of {', '.join(PREFETCHES)}")
-    if changes.policy is not None:
+    changed = replace(settings, **wanted)
+    if (changed.policy, changed.scope) != (settings.policy, settings.scope):
+        layers = tuple(module.layer for module in modules)
+        experts = max(module.num_experts for module in modules)
+        cache = runtime.cache
+        setup = CacheSetup(changed.policy, changed.scope, cache.slots, layers, experts, changed.seed or 0)
         try:
-            policy = make_policy(changes.policy)
+            if isinstance(cache, LoggedCache):
+                cache.change_setup(setup)
+            else:
+                cache.change_policy(setup.make_policy(), setup.shared_layers())
         except PolicyError as error:
             raise UsageError(f"--policy: {error}") from error
-        for key, _ in runtime.cache.occupancy():
-            policy.admit(key)
-        runtime.cache.policy = policy
-    if prefetch is not None and prefetch != settings.prefetch:
-        runtime.predictor = new_predictor() if prefetch == "next-gate" else None
-    return replace(settings, **wanted)
+    if changed.prefetch != settings.prefetch:
+        runtime.predictor = make_prefetcher(changed.prefetch)
+    return changed

@@ -20,12 +20,14 @@ _UNITS = {
 DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_PREFILL_CHUNK = 512
-DEFAULT_POLICY = "ewma"
+DEFAULT_POLICY = "foresight"
+DEFAULT_SCOPE = "global"
 DEVICES = ("auto", "cpu")
 FORMATS = ("native", "int8", "int4", "int4-g32", "int4-g128", "mixed")
 DENSE_FORMATS = ("native", "int8", "int4")
 KERNELS = ("auto", "torch")
-PREFETCHES = ("off", "next-gate")
+PREFETCHES = ("off", "next-gate", "layer-markov", "previous-token", "popularity")
+SCOPES = ("layer", "global")
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -126,7 +128,10 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Everything that decides how a model is opened. Sizes in bytes; ``None`` means ``auto``."""
+    """Everything that decides how a model is opened. Sizes in bytes; ``None`` means ``auto``.
+
+    ``seed`` is that of policies that draw lots (None: 0).
+    """
 
     model: str = "demo"
     revision: str | None = None
@@ -138,6 +143,7 @@ class EngineSettings:
     dense_format: str = "native"
     kernels: str = "auto"
     policy: str = DEFAULT_POLICY
+    scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
     experts_dir: Path | None = None
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
@@ -145,6 +151,8 @@ class EngineSettings:
     verify: bool = False
     offline: bool = False
     trace_out: Path | None = None
+    cache_log: Path | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         _check(bool(self.model.strip()), "--model: the name is empty; give a folder, a hub id (org/name) or 'demo'")
@@ -156,6 +164,7 @@ class EngineSettings:
             ("--format", self.format, FORMATS),
             ("--dense-format", self.dense_format, DENSE_FORMATS),
             ("--kernels", self.kernels, KERNELS),
+            ("--scope", self.scope, SCOPES),
             ("--prefetch", self.prefetch, PREFETCHES),
         ):
             _check(value in known, f"{flag}: '{value}' is not one of {', '.join(known)}")

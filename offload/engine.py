@@ -7,17 +7,19 @@ threads only :meth:`Engine.cancel` and :meth:`Engine.snapshot` may be called.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from cache.policies import PolicyError, make_policy
+from cache.cache_log import LoggedCache
+from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
 from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
@@ -27,7 +29,7 @@ from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
 from offload.events import CacheSnapshot, Done, Event, FinishReason, LiveChanges, PrefillProgress, RunStats, Token
 from offload.generation.sampling import Sampler
 from offload.generation.text import Detokenizer, StopStrings
-from offload.live import LiveView, Recording, current_settings, name_choices, save_trace
+from offload.live import LiveView, Recording, current_settings, name_choices, save_file
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
@@ -35,8 +37,9 @@ from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
-from offload.model.next_gate import NextGate
+from offload.model.prefetchers import Prefetcher, make_prefetcher
 from offload.model.prompt import PromptEncoder
+from offload.model.transformers_api import ExpertsModule
 from offload.protocol import Message, OnLoad
 
 _SCORED_LOGITS_BYTES = 32 * 2**20
@@ -53,7 +56,7 @@ def open_engine(settings: EngineSettings, on_event: OnLoad) -> Engine:
     from offload.opening import open_model
 
     try:
-        make_policy(settings.policy)
+        make_policy(settings.policy, PolicyContext(settings.scope))
     except PolicyError as error:
         raise UsageError(f"--policy: {error}") from error
     return Engine(**open_model(settings, on_event))
@@ -74,6 +77,7 @@ class Engine:
         self,
         *,
         model: PreTrainedModel,
+        decoding: AbstractContextManager[None],
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
         plan: Plan,
@@ -84,10 +88,11 @@ class Engine:
         arena: SlotArena,
         live: LiveView,
         new_recorder: Callable[[], TraceRecorder],
-        new_predictor: Callable[[], NextGate],
+        modules: list[ExpertsModule],
         settings: EngineSettings,
     ) -> None:
         self._model = model
+        self._decoding = decoding
         self._encoder = encoder
         self._defaults = generation_config
         self._plan = plan
@@ -98,7 +103,7 @@ class Engine:
         self._arena = arena
         self._live = live
         self._recording = Recording(runtime, new_recorder)
-        self._new_predictor = new_predictor
+        self._modules = modules
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
         self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
@@ -230,8 +235,13 @@ class Engine:
 
     def change(self, changes: LiveChanges) -> None:
         """See :meth:`offload.protocol.LiveEngine.change`."""
-        self._settings = apply_changes(changes, self._settings, self._runtime, self._new_predictor)
-        self._labels = replace(self._labels, policy=self._settings.policy, prefetch=self._settings.prefetch)
+
+        def prefetcher(name: str) -> Prefetcher | None:
+            return make_prefetcher(name, self._model, self._modules)
+
+        self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher)
+        now = self._settings
+        self._labels = dataclasses.replace(self._labels, policy=now.policy, scope=now.scope, prefetch=now.prefetch)
 
     @property
     def choices(self) -> Mapping[str, Sequence[str]]:
@@ -257,8 +267,14 @@ class Engine:
         self._lane.close()
         self._file.close()
         self._arena.close()
-        if self._runtime.recorder is not None and self._settings.trace_out is not None:
-            save_trace(self._runtime.recorder, self._settings.trace_out, "--trace-out: ")
+        cache, recorder = self._runtime.cache, self._runtime.recorder
+        outputs: list[tuple[str, Path | None, Callable[[Path], None] | None]] = [
+            ("--trace-out", self._settings.trace_out, recorder.save if recorder is not None else None),
+            ("--cache-log", self._settings.cache_log, cache.save if isinstance(cache, LoggedCache) else None),
+        ]
+        for flag, path, save in outputs:
+            if path is not None and save is not None:
+                save_file(save, path, f"{flag}: ")
 
     def __enter__(self) -> Engine:
         return self
@@ -286,7 +302,8 @@ class Engine:
             while len(tokens) < limit:
                 if self._runtime.cancelled.is_set():
                     raise Cancelled
-                token = sampler(tokens, logits)
+                with self._decoding:
+                    token = sampler(tokens, logits)
                 tokens.append(token)
                 tally.new_tokens += 1
                 if tally.new_tokens == 1:
@@ -330,7 +347,8 @@ class Engine:
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         self._live.start_token()
         began = time.perf_counter()
-        logits = self._forward([token], decode=True)[-1]
+        with self._decoding:
+            logits = self._forward([token], decode=True)[-1]
         seconds = time.perf_counter() - began
         self._live.end_token(seconds)
         tally.decode_seconds += seconds

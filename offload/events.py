@@ -7,7 +7,7 @@ one :class:`Done`. Figures that were not measured are ``None``, never 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -115,6 +115,7 @@ class RunStats:
     format: str
     dense_format: str
     policy: str
+    scope: str = field(default="global", kw_only=True)
     prefetch: str
     seed: int | None
     prompt_tokens: int

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cache.expert_cache import SlotState
-from cache.policies import POLICIES
+from cache.policies import runtime_policies
 from cache.trace import TraceRecorder
 from cache.usage import ExpertUsage
-from offload.config import PREFETCHES, EngineSettings
+from offload.config import PREFETCHES, SCOPES, EngineSettings
 from offload.errors import RunLocalError, UsageError
 from offload.events import CacheSnapshot, ExpertState, LiveChanges, RunStats, TierUse, TokenSample
 from offload.memory.process import rss_bytes
@@ -92,24 +92,26 @@ class Recording:
             raise UsageError(
                 "--trace-out records until the end" if elsewhere else "nothing is being recorded; start it first"
             )
-        save_trace(self._own, path)
+        save_file(self._own.save, path)
         rows, self._own, self._runtime.recorder = len(self._own), None, None
         return rows
 
 
-def save_trace(recorder: TraceRecorder, path: Path, source: str = "") -> None:
-    """Raises RunLocalError, beginning with ``source``, if the trace cannot be written."""
+def save_file(save: Callable[[Path], None], path: Path, source: str = "") -> None:
+    """``save(path)``. Raises RunLocalError, beginning with ``source``, if the file cannot be written."""
     try:
-        recorder.save(path)
+        save(path)
     except OSError as error:
         raise RunLocalError(f"{source}{path} cannot be written ({error.strerror or error})") from error
 
 
 def name_choices() -> Mapping[str, Sequence[str]]:
     """The names that :class:`LiveChanges` may hold."""
-    return {"policy": tuple(sorted(POLICIES)), "prefetch": PREFETCHES}
+    return {"policy": runtime_policies(), "scope": SCOPES, "prefetch": PREFETCHES}
 
 
 def current_settings(settings: EngineSettings, residency: float, ram: int) -> LiveChanges:
     """The settings of an engine as :class:`LiveChanges` names them."""
-    return LiveChanges(policy=settings.policy, prefetch=settings.prefetch, residency=residency, ram=ram)
+    return LiveChanges(
+        policy=settings.policy, scope=settings.scope, prefetch=settings.prefetch, residency=residency, ram=ram
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 import psutil
 
 from cache.expert_cache import ExpertCache
+from offload.config import DEFAULT_SCOPE
 from offload.events import ByteStats, ExpertStats, MemoryStats, RunStats, SecondStats
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Plan
@@ -115,6 +116,7 @@ class RunLabels:
     policy: str
     prefetch: str
     start_s: float | None
+    scope: str = DEFAULT_SCOPE
 
 
 def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> RunStats:
@@ -126,6 +128,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
         format=labels.format,
         dense_format=labels.dense_format,
         policy=labels.policy,
+        scope=labels.scope,
         prefetch=labels.prefetch,
         seed=seed,
         prompt_tokens=tally.prompt_tokens,

@@ -6,10 +6,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
+from cache.cache_log import CacheSetup, LoggedCache
 from cache.expert_cache import ExpertCache
-from cache.policies import make_policy
 from cache.trace import TraceRecorder
 from cache.usage import ExpertUsage
 from offload.checkpoint.dense_file import ensure_dense
@@ -23,6 +24,7 @@ from offload.compute.calibration import crossover
 from offload.compute.choose import expert_compute
 from offload.compute.kernels import load_kernels
 from offload.compute.product import DECODE_BYTES, Products
+from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import get_device
@@ -38,7 +40,8 @@ from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_cache_bytes
-from offload.model.next_gate import NextGate
+from offload.model.norms import fuse_norms
+from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
@@ -103,35 +106,42 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
         model = load_skeleton(source, device.torch_device, on_event, dense, products)
         if _quantised(settings):
-            use_grouped_attention(model)
+            use_grouped_attention(model, products.kernels)
+            if products.kernels is not None:
+                fuse_norms(model, products.kernels)
         release_free_memory()
         arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
         undo.callback(arena.close)
         arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
         undo.pop_all()
     lane = DiskLane(file, settings.read_workers)
-    cache = ExpertCache(plan.slots, make_policy(settings.policy))
+    numbers = [module.layer for module in modules]
+    most_experts = max(module.num_experts for module in modules)
+    setup = CacheSetup(settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0)
+    if settings.cache_log is not None:
+        cache: ExpertCache = LoggedCache(setup)
+    else:
+        cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers())
     text = model.config.get_text_config()
     top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
 
     def new_recorder() -> TraceRecorder:
-        return TraceRecorder(
-            resolved.name, len(modules), max(module.num_experts for module in modules), int(top_k or 0)
-        )
+        return TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0))
 
     weight_format = get_format(settings.format)
-
-    def new_predictor() -> NextGate:
-        return NextGate(model, modules)
-
-    predictor = new_predictor() if settings.prefetch == "next-gate" else None
+    predictor = make_prefetcher(settings.prefetch, model, modules)
     compute = expert_compute(weight_format, products)
     recorder = new_recorder() if settings.trace_out is not None else None
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
     runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor, usage)
     runtime.attach(modules)
+    decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
+        products.kernels.threads = torch.get_num_threads()
+        decoding = OneThread()
     return {
         "model": model,
+        "decoding": decoding,
         "encoder": encoder,
         "generation_config": generation_config,
         "plan": plan,
@@ -143,6 +153,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
             settings.policy,
             settings.prefetch,
             seconds_since_process_start(),
+            settings.scope,
         ),
         "runtime": runtime,
         "lane": lane,
@@ -150,7 +161,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         "arena": arena,
         "live": LiveView(runtime, usage),
         "new_recorder": new_recorder,
-        "new_predictor": new_predictor,
+        "modules": modules,
         "settings": settings,
     }
 

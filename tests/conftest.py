@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from offload.paths import cache_folder
+
+if TYPE_CHECKING:
+    from offload.compute.kernels import Kernels
 
 # One thread: tiny matrices gain nothing from more, and spinning workers are slow to a crawl on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +25,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What is made once for a machine (compiled kernels, calibration) is kept between runs, but not in the user's own cache.
 _USER_CACHE = cache_folder()
 os.environ.setdefault("RUN_LOCAL_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "run-local"))
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    """The compiled kernels, where this machine can have them."""
+    from offload.compute.kernels import load_kernels
+
+    reasons: list[str] = []
+    found = load_kernels(reasons.append)
+    if found is None:
+        pytest.skip(f"this machine has no compiled kernels: {reasons[0]}")
+    return found
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def either(request: pytest.FixtureRequest) -> Kernels | None:
+    """The kernels, and None: what works without them works with them too."""
+    return request.getfixturevalue("kernels") if request.param == "kernels" else None
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,13 @@ from offload.config import (
     DEFAULT_MAX_NEW_TOKENS,
     DEFAULT_POLICY,
     DEFAULT_PREFILL_CHUNK,
+    DEFAULT_SCOPE,
     DENSE_FORMATS,
     DEVICES,
     FORMATS,
     KERNELS,
     PREFETCHES,
+    SCOPES,
     EngineSettings,
     SamplingSettings,
     parse_size,
@@ -118,11 +120,13 @@ MEMORY_FLAGS = (
 )
 RUN_FLAGS = (
     Flag("--policy", check_text, "SPEC", f"which experts stay: NAME or NAME:KEY=VALUE (default: {DEFAULT_POLICY})"),
-    Flag("--prefetch", check_text, "NAME", f"reads ahead of the router: {' or '.join(PREFETCHES)} (default: off)"),
+    Flag("--scope", check_text, "SCOPE", f"who shares slots: {' or '.join(SCOPES)} (default: {DEFAULT_SCOPE})"),
+    Flag("--prefetch", check_text, "NAME", f"reads ahead of the router: {', '.join(PREFETCHES)} (default: off)"),
     Flag("--kernels", check_text, "NAME", f"products of quantised weights: {' or '.join(KERNELS)} (default: auto)"),
     Flag("--verify", switch, None, "check every checksum of the expert file before starting"),
     Flag("--stats-json", path, "FILE", "write the statistics of the session here at its end (overwrites)"),
     Flag("--trace-out", path, "FILE", "write the routing trace here at the end (overwrites)"),
+    Flag("--cache-log", path, "FILE", "write every decision of the expert cache here at the end (overwrites)"),
 )
 SAMPLING_FLAGS = (
     Flag("--temperature", number, "T", "0 is greedy (default: the model's own)"),
@@ -150,6 +154,8 @@ class FlagValues:
         """Raises UsageError for values that make no sense."""
         names = {flag.dest for flag in _ENGINE_FLAGS} - set(_FRONT_END_FLAGS)
         values = {_ENGINE_FIELDS.get(name, name): self.given[name] for name in names if name in self.given}
+        if "seed" in self.given:  # a sampling flag, which also decides what a random policy draws
+            values["seed"] = self.given["seed"]
         return EngineSettings(**values)
 
     def sampling(self) -> SamplingSettings:

@@ -13,7 +13,7 @@ from tui.flags import FlagValues
 def check_outputs(values: FlagValues) -> None:
     """Find out before a model is loaded that a report could not be written at the end. Raises UsageError."""
     seen: dict[Path, str] = {}
-    for dest in ("stats_json", "trace_out"):
+    for dest in ("stats_json", "trace_out", "cache_log"):
         path: Path | None = values.given.get(dest)
         if path is None:
             continue

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from cache.events import Events
 from cache.keys import ExpertKey
 
 
 class PolicyError(ValueError):
     """A policy name or parameter that does not exist; the message says which do."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy may be given beside its parameters.
+
+    ``layer`` is the only layer that it will see, under the scope ``layer``. ``layers`` is how many MoE layers there are
+    and ``experts`` the most that one of them has (0: not known). ``future`` are the events to come (simulation only),
+    ``training`` earlier ones to learn from.
+    """
+
+    scope: str = "global"
+    seed: int = 0
+    layer: int | None = None
+    layers: int = 0
+    experts: int = 0
+    future: Events | None = None
+    training: Events | None = None
 
 
 class Policy(ABC):
@@ -22,6 +42,17 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    simulation_only: ClassVar[bool] = False
+    """Needs to know the future: replay and tune only."""
+    all_layers: ClassVar[bool] = False
+    """One object sees all layers also under the scope ``layer``, and honours the ``layer`` argument itself."""
+    takes: ClassVar[str | None] = None
+    """The name of what follows ``NAME:`` where that is no list of parameters, such as a file."""
+
+    @classmethod
+    def create(cls, context: PolicyContext, **values: Any) -> Policy:
+        """A fresh policy with these parameters. Raises PolicyError for values that make no sense."""
+        return cls(**values)
 
     @abstractmethod
     def record_event(self, keys: Sequence[ExpertKey]) -> None:
@@ -43,13 +74,13 @@ class Policy(ABC):
         a set or another collection with a fast ``in``.
         """
 
-    def cold(self, n: int, protected: Collection[ExpertKey] = ()) -> list[ExpertKey]:
+    def cold(self, n: int, protected: Collection[ExpertKey] = (), layer: int | None = None) -> list[ExpertKey]:
         """At most ``n`` resident keys outside ``protected`` that a prefetch may displace, coldest first.
 
-        Changes nothing.
+        ``layer`` as in :meth:`victims`. Changes nothing.
         """
         while n > 0:
-            keys = self.victims(n, protected)
+            keys = self.victims(n, protected, layer)
             if keys is not None:
                 return keys
             n -= 1

@@ -23,6 +23,7 @@ class EWMA(ScoredPolicy):
     """
 
     name = "ewma"
+    growing = True
 
     def __init__(self, *, half_life: float = 16.0) -> None:
         super().__init__()
@@ -36,10 +37,16 @@ class EWMA(ScoredPolicy):
         return self._log2_score.get(key, -math.inf)
 
     def update_scores(self, keys: Sequence[ExpertKey]) -> None:
-        for layer in {key.layer for key in keys}:
+        for layer in {key[0] for key in keys}:
             self._clock[layer] += 1
+        scores, log2 = self._log2_score, math.log2
         for key in keys:
-            now = self._clock[key.layer] / self._half_life
-            before = self._log2_score.get(key, -math.inf)
+            now = self._clock[key[0]] / self._half_life
+            before = scores.get(key)
             # log2(2**before + 2**now), without leaving the logarithm: 2**now overflows in a long session
-            self._log2_score[key] = max(before, now) + math.log2(1.0 + 2.0 ** -abs(now - before))
+            if before is None:
+                scores[key] = now
+            elif before > now:
+                scores[key] = before + log2(1.0 + 2.0 ** (now - before))
+            else:
+                scores[key] = now + log2(1.0 + 2.0 ** (before - now))

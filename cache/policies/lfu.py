@@ -13,6 +13,7 @@ class LFU(ScoredPolicy):
     """Gives up the record with the fewest events so far, the least recent of equals first."""
 
     name = "lfu"
+    growing = True
 
     def __init__(self) -> None:
         super().__init__()

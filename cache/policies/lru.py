@@ -10,20 +10,22 @@ from cache.policies.base import Policy
 
 
 class LRU(Policy):
-    """Gives up the record whose last event is the longest ago."""
+    """Gives up the record whose last event is the longest ago; of those used by the same event, the first admitted."""
 
     name = "lru"
 
     def __init__(self) -> None:
-        self._order: OrderedDict[ExpertKey, None] = OrderedDict()  # least recently used first
+        self._order: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first -> admission's number
+        self._admissions = 0
 
     def record_event(self, keys: Sequence[ExpertKey]) -> None:
-        for key in keys:
-            if key in self._order:
-                self._order.move_to_end(key)
+        order = self._order
+        for _, key in sorted([(order[key], key) for key in keys if key in order]):
+            order.move_to_end(key)
 
     def admit(self, key: ExpertKey) -> None:
-        self._order[key] = None
+        self._admissions += 1
+        self._order[key] = self._admissions
 
     def evict(self, key: ExpertKey) -> None:
         del self._order[key]

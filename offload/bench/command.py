@@ -77,7 +77,7 @@ def _compare(request: BenchRequest, host: Host) -> Report:
 
     common = [*host.given, *request.child_flags()]
     for flag in common:
-        if flag.startswith(("--stats-json=", "--trace-out=")):
+        if flag.startswith(("--stats-json=", "--trace-out=", "--cache-log=")):
             name = flag.partition("=")[0]
             raise UsageError(f"{name}: every setting would overwrite this file; put the flag into one setting's FLAGS")
 

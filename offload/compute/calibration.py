@@ -31,7 +31,7 @@ from offload.paths import cache_folder
 
 OnProgress = Callable[[LoadProgress], None]
 
-_VERSION = 1
+_VERSION = 2
 _TRIALS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _ROWS, _COLUMNS = 1536, 2048  # about an expert of today's models
 _PROBE_BYTES = 512 * 2**20

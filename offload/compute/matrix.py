@@ -21,7 +21,7 @@ from offload.compute.kernels import Kernels
 from offload.compute.kernels.binding import Shape
 
 GROUPS = (32, 64, 128)
-_TRIALS = 16  # these two and the trial scales are those of quantized.c
+_TRIALS = 16  # these two and the trial scales are those of kernels/encode.c
 _REFINEMENTS = 2
 _BLOCK_ROWS = 1024  # rows that are encoded or decoded at a time without the kernels, to bound the memory
 

@@ -30,6 +30,8 @@ class Products:
     def __init__(self, kernels: Kernels | None, few_tokens: int | Mapping[int, int] = DEFAULT_FEW_TOKENS) -> None:
         self.kernels = kernels
         self._few = {4: few_tokens, 8: few_tokens} if isinstance(few_tokens, int) else dict(few_tokens)
+        self.always_few = 0 if kernels is None else min(self._few.values())
+        """Tokens that go through the kernel whatever the layout."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def few_tokens(self, *layouts: MatrixLayout) -> int:
@@ -38,7 +40,7 @@ class Products:
 
     def linear(self, matrix: QuantizedMatrix, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``inputs`` [tokens, columns] in the model's dtype -> [tokens, rows] in the same dtype."""
-        if self.kernels is None or len(inputs) > self.few_tokens(matrix.layout):
+        if self.kernels is None or (len(inputs) > self.always_few and len(inputs) > self.few_tokens(matrix.layout)):
             return self.decoded_linear(matrix, inputs, bias)
         exact = inputs.dtype not in (torch.float32, torch.bfloat16)
         inputs = (inputs.float() if exact else inputs).contiguous()

@@ -115,7 +115,7 @@ class _QuantizedEvent(EventCompute):
         for key in ready:
             first, count = self._rows[key.expert]
             weights = self._weights_of(key)
-            if count <= self._owner.few_tokens(weights):
+            if count <= self._owner.products.always_few or count <= self._owner.few_tokens(weights):
                 together.append((weights, first, count))
             else:
                 self._one(weights, first, count)

@@ -1,32 +1,38 @@
 """Attention of one new token on the CPU, for runs whose weights are quantised anyway.
 
 torch's scaled_dot_product_attention takes some 5 microseconds a key and layer there in bf16: at 500 tokens of context
-it costs more than all experts (docs/performance.md). Two batched products over the shared heads take a fifth. They
-round differently, so runs in the native format keep what stock transformers uses.
+it costs more than all experts (docs/performance.md). The compiled kernel takes a few microseconds a layer; without it
+two batched products over the shared heads take a fifth. Both round differently, so runs in the native format keep what
+stock transformers uses.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from offload.compute.kernels import Kernels
+from offload.compute.kernels.binding import HEAD_STEP, MOST_HEAD_WIDTH
 
 NAME = "run_local"
 KEY_BLOCK = 64
 """Keys are taken in whole blocks, since the library compiles a product anew for every other size."""
 
 
-def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Let ``model`` decode with the products below, if it attends by ``sdpa``. Changes the model's config."""
+def use_grouped_attention(model: PreTrainedModel, kernels: Kernels | None) -> None:
+    """Let ``model`` decode with what stands below, if it attends by ``sdpa``. Changes the model's config."""
     if model.config.get_text_config()._attn_implementation != "sdpa":
         return
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, partial(_attention, kernels))
     AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
     model.set_attn_implementation(NAME)
 
 
 def _attention(
+    kernels: Kernels | None,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -43,7 +49,21 @@ def _attention(
     if query.shape[0] != 1 or query.shape[2] != 1 or attention_mask is not None or special:
         stock: Any = AttentionInterface()["sdpa"]
         return stock(module, query, key, value, attention_mask, scaling=scaling, **options)  # type: ignore[no-any-return]
+    if kernels is not None and _suits(query) and _suits(key) and _suits(value):
+        output = query.new_empty(1, 1, query.shape[1], value.shape[3])
+        kernels.attend(query[0, :, 0], key[0], value[0], query.shape[3] ** -0.5 if scaling is None else scaling, output)
+        return output, None
     return grouped_attention(query, key, value, scaling).transpose(1, 2), None
+
+
+def _suits(states: torch.Tensor) -> bool:
+    width = states.shape[3]
+    return (
+        width % HEAD_STEP == 0
+        and width <= MOST_HEAD_WIDTH
+        and states.dtype in (torch.float32, torch.bfloat16)
+        and states.stride(3) == 1
+    )
 
 
 _SPECIAL = ("softcap", "position_bias", "cache")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from cache.events import by_rank
 from cache.expert_cache import ExpertCache, Lookup, SlotState
 from cache.keys import ExpertKey
 from cache.trace import DECODE, PREFILL, TraceRecorder
@@ -18,7 +20,7 @@ from offload.compute.base import EventCompute, ExpertCompute
 from offload.devices import SlotArena
 from offload.errors import Cancelled
 from offload.memory.lanes import DiskLane, Ticket
-from offload.model.next_gate import NextGate
+from offload.model.prefetchers import Prefetcher
 from offload.model.transformers_api import ExpertsModule, register_experts_function
 
 
@@ -65,7 +67,7 @@ class ExpertRuntime:
         weight_format: WeightFormat,
         compute: ExpertCompute,
         recorder: TraceRecorder | None = None,
-        predictor: NextGate | None = None,
+        predictor: Prefetcher | None = None,
         usage: ExpertUsage | None = None,
     ) -> None:
         self.cache = cache
@@ -105,10 +107,13 @@ class ExpertRuntime:
             self._record(layer, top_k_index, top_k_weights)
         event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
         self._take_arrivals()
-        found = self.cache.lookup(layer, event.experts, decode=self.current.decode)
+        experts = by_rank(top_k_index.tolist(), module.num_experts)  # as a replay of the trace will have them
+        found = self.cache.lookup(layer, experts, decode=self.current.decode)
         if self.usage is not None:
             self.usage.record(layer, found, self.current.forward)
         self._sort_prefetches(layer, found)
+        if self.predictor is not None:
+            self.predictor.record_event(layer, experts, decode=self.current.decode)
         misses = list(found.misses)
         loading = [*found.pending]
         hits = list(found.hits)
@@ -119,9 +124,7 @@ class ExpertRuntime:
             while hits:
                 some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
                 del hits[: len(some)]
-                self._compute_ready(event, some)
-                if misses:
-                    loading += self._start_loads(misses)
+                loading += self._compute_ready(event, some, misses)
             while loading or misses:
                 if self.cancelled.is_set():
                     raise Cancelled
@@ -131,10 +134,7 @@ class ExpertRuntime:
                 for key in arrived:
                     loading.remove(key)
                     self._finish_load(key)
-                if arrived:
-                    self._compute_ready(event, arrived)
-                if misses:
-                    loading += self._start_loads(misses)
+                loading += self._compute_ready(event, arrived, misses)
         finally:
             for key in loading:  # only after an error or a cancel
                 self._settle(key, self._tickets)
@@ -154,16 +154,27 @@ class ExpertRuntime:
         """What to wait for and compute next.
 
         One token takes an expert less time than another call would cost, so all loads are awaited; with many tokens
-        the first to arrive are computed while the rest is on its way.
+        the first to arrive are computed while the rest is on its way. Always in the order in which they began: what is
+        evicted must not depend on the disk's mood.
         """
         if self.current.decode:
             return list(loading)
-        return [key for key in loading if self._tickets[key].ready()] or loading[:1]
+        return list(itertools.takewhile(lambda key: self._tickets[key].ready(), loading)) or loading[:1]
 
-    def _compute_ready(self, event: EventCompute, ready: list[ExpertKey]) -> None:
-        event.compute(ready)
+    def _compute_ready(self, event: EventCompute, ready: list[ExpertKey], misses: list[ExpertKey]) -> list[ExpertKey]:
+        """Compute and release ``ready``; starts loads of ``misses``, taken off the queue, in slots that come free.
+
+        One slot at a time, so that the victims do not depend on how many are ready together. Without ``ready`` it
+        starts what can be started now.
+        """
+        if ready:
+            event.compute(ready)
+        started = self._start_loads(misses) if misses and not ready else []
         for key in ready:
             self.cache.release(key)
+            if misses:
+                started += self._start_loads(misses)
+        return started
 
     def _start_loads(self, misses: list[ExpertKey]) -> list[ExpertKey]:
         """Start as many of ``misses`` as slots can be had for, and take them off the queue."""

@@ -8,6 +8,7 @@ training. Source: Eliseev and Mazur, "Fast inference of Mixture-of-Experts langu
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -24,6 +25,9 @@ class NextGate:
             for now, after in itertools.pairwise(ordered)
             if (router := find_router(model, after)) is not None
         }
+
+    def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
+        """Nothing to learn: the routers know."""
 
     def predict(self, layer: int, hidden: torch.Tensor, top_k: int) -> tuple[int, list[int]] | None:
         """The next layer's number and its likeliest experts, best first, for ``hidden`` [1, H].

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cache.expert_cache import ExpertCache, SlotState
 from cache.keys import ExpertKey
-from cache.policies import POLICIES, make_policy
+from cache.policies import PolicyContext, make_policy
+from cache.shares import layer_shares
+from tests.cache.specs import SPECS, make
 
 
 def key(expert: int, layer: int = 0) -> ExpertKey:
@@ -138,9 +142,9 @@ def test_misuse_is_refused(cache: ExpertCache) -> None:
 class CacheMachine(RuleBasedStateMachine):
     """Random events with loads that finish late, fail, or outlive their event."""
 
-    @initialize(slots=st.integers(1, 12), policy=st.sampled_from(sorted(POLICIES)))
+    @initialize(slots=st.integers(1, 12), policy=st.sampled_from(SPECS))
     def start(self, slots: int, policy: str) -> None:
-        self.cache = ExpertCache(slots, make_policy(policy))
+        self.cache = ExpertCache(slots, make(policy))
         self.open = False
         self.needed: set[ExpertKey] = set()
         self.loading: set[ExpertKey] = set()
@@ -221,3 +225,99 @@ class CacheMachine(RuleBasedStateMachine):
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestCacheMachine = CacheMachine.TestCase
+
+
+class LayerMachine(RuleBasedStateMachine):
+    """The scope ``layer``: whole events, changes of policy and scope, prefetches; shares hold once reached."""
+
+    @initialize(slots=st.integers(1, 12), policy=st.sampled_from(SPECS))
+    def start(self, slots: int, policy: str) -> None:
+        self.cache = ExpertCache(slots, make(policy, "layer"), range(3))
+        self.scope = "layer"
+
+    @rule(layer=st.integers(0, 2), experts=st.lists(st.integers(0, 7), min_size=1, max_size=8))
+    def event(self, layer: int, experts: list[int]) -> None:
+        held = Counter(key.layer for key in self.cache.resident())
+        serve(self.cache, layer, *experts)
+        after = Counter(key.layer for key in self.cache.resident())
+        if self.scope == "layer":
+            share = layer_shares(self.cache.slots, range(3))
+            assert after[layer] <= max(held[layer], share[layer], 1)
+            for other in {0, 1, 2} - {layer}:
+                assert after[other] >= min(held[other], share[other] if held[layer] >= share[layer] else 0)
+
+    @rule(layer=st.integers(0, 2), experts=st.lists(st.integers(0, 7), max_size=4, unique=True))
+    def prefetch(self, layer: int, experts: list[int]) -> None:
+        for load in self.cache.reserve_ahead([key(expert, layer) for expert in experts]):
+            assert self.scope == "global" or load.victim is None or load.victim.layer == layer
+            self.cache.commit(load.key)
+
+    @rule(policy=st.sampled_from(SPECS), scope=st.sampled_from(["layer", "global"]))
+    def change(self, policy: str, scope: str) -> None:
+        before = self.cache.resident()
+        self.cache.change_policy(make(policy, scope), range(3) if scope == "layer" else None)
+        self.scope = scope
+        assert self.cache.resident() == before
+
+    @rule()
+    def clear(self) -> None:
+        self.cache.clear()
+        assert not self.cache.resident()
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.check_integrity()
+
+
+LayerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLayerMachine = LayerMachine.TestCase
+
+
+def test_each_layer_has_its_share() -> None:
+    assert layer_shares(7, [4, 2, 9]) == {2: 3, 4: 2, 9: 2}
+    cache = ExpertCache(4, make_policy("lru", PolicyContext("layer")), [0, 1])
+    serve(cache, 0, 1, 2, 3)
+    assert len(cache.resident()) == 2, "the other layer's slots stay free"
+    assert cache.has_free_slot(1) and not cache.has_free_slot(0)
+    serve(cache, 1, 5, 6)
+    assert Counter(key.layer for key in cache.resident()) == {0: 2, 1: 2}
+
+
+def test_one_slot_is_enough_for_many_layers() -> None:
+    cache = ExpertCache(1, make_policy("lru", PolicyContext("layer")), range(3))
+    for layer in (0, 1, 2, 1):
+        serve(cache, layer, 4, 5)
+        assert cache.resident() == {key(5, layer)}
+
+
+def test_a_layer_below_its_share_takes_from_the_one_furthest_above() -> None:
+    cache = ExpertCache(4, make_policy("lru"))
+    serve(cache, 0, 1, 2, 3)
+    serve(cache, 1, 7)
+    cache.change_policy(make_policy("lru", PolicyContext("layer")), [0, 1])
+    serve(cache, 1, 8)
+    assert cache.resident() == {key(2), key(3), key(7, layer=1), key(8, layer=1)}
+
+
+def test_a_new_policy_knows_the_coldest_of_the_old_one() -> None:
+    cache = ExpertCache(3, make_policy("lfu"))
+    for _ in range(3):
+        serve(cache, 0, 2)
+    serve(cache, 0, 1)
+    serve(cache, 0, 3)
+    cache.change_policy(make_policy("lru"))
+    serve(cache, 0, 4)
+    assert cache.resident() == {key(2), key(3), key(4)}
+    cache.lookup(0, [1])
+    with pytest.raises(RuntimeError, match="open"):
+        cache.change_policy(make_policy("lru"))
+
+
+def test_occupancy_tells_what_is_loading(cache: ExpertCache) -> None:
+    serve(cache, 0, 1)
+    cache.lookup(0, [2])
+    cache.reserve([key(2)])
+    assert cache.occupancy() == [(key(1), SlotState.READY), (key(2), SlotState.LOADING)]
+    with pytest.raises(RuntimeError, match="open"):
+        cache.clear()

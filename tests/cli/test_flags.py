@@ -34,6 +34,7 @@ ALL = {
     "--residency": "0.25",
     "--ctx": "128",
     "--policy": "lru",
+    "--scope": "layer",
     "--experts-dir": "packs",
     "--prefill-chunk": "64",
     "--read-workers": "2",
@@ -42,6 +43,7 @@ ALL = {
     "--kernels": "torch",
     "--prefetch": "next-gate",
     "--trace-out": "t.npz",
+    "--cache-log": "c.log",
     "--stats-json": "s.json",
     "--temperature": "0.5",
     "--top-k": "3",
@@ -65,6 +67,7 @@ ENGINE = EngineSettings(
     dense_format="int8",
     kernels="torch",
     policy="lru",
+    scope="layer",
     prefetch="next-gate",
     experts_dir=Path("packs"),
     prefill_chunk=64,
@@ -72,6 +75,8 @@ ENGINE = EngineSettings(
     verify=True,
     offline=True,
     trace_out=Path("t.npz"),
+    cache_log=Path("c.log"),
+    seed=5,
 )
 SAMPLING = SamplingSettings(0.5, 3, 0.9, 0.1, 1.1, 7, ("END",), 5)
 

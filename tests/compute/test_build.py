@@ -125,8 +125,8 @@ def test_another_source_or_compiler_has_another_file(
 ) -> None:
     first = build_library()
     changed = tmp_path / "changed.c"
-    changed.write_text(build.SOURCE.read_text("utf-8") + "/* changed */\n")
-    monkeypatch.setattr(build, "SOURCE", changed)
+    changed.write_text("/* changed */\n")
+    monkeypatch.setattr(build, "SOURCES", (*build.SOURCES, changed))
     second = build_library()
     assert second != first
     monkeypatch.setattr(build, "_processor", lambda: "another one")

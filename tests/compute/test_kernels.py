@@ -132,7 +132,9 @@ def test_several_jobs(
     kernels.linear(matrices[0][0].layout.shape, jobs[::-1], inputs, output, token_of)
     assert (output[0] == 7).all()
     assert (output[-1] == 7).all()
-    assert_close(output, expected, 2e-6)  # the output is float32 whatever the input
+    assert_close(
+        output, expected, 2e-6 if dtype is torch.float32 else 1e-4
+    )  # the output is float32, the input maybe not
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -233,7 +235,7 @@ def test_silu_experts(
     kernels.silu_experts(experts[0].expert, jobs, inputs, output, token_of)
     scale = inner**0.5  # the reference's down projection was divided by it
     bound = 1e-5 if inner > 1 else 1e-4  # a single gate may be small by chance
-    assert_close(output / scale, expected, bound if dtype is torch.float32 else 8e-3)
+    assert_close(output / scale, expected, bound if dtype is torch.float32 else 3e-4 if inner > 1 else 8e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -52,7 +52,7 @@ def test_start_ask_stop_change_resume_quit(demo_model_dir: Path, tmp_path: Path)
         terminal.type("\x1b")
         terminal.wait("stopped · ")
         terminal.type("/policy lru\r")
-        terminal.wait("policy ewma → lru")
+        terminal.wait("→ lru")
         terminal.type("And now?\r")
         page = terminal.wait(lambda text: text.count("tokens/s · first token") == 3)
         page = terminal.wait(lambda text: "tokens since" in text and "0 tokens since" not in text)
@@ -70,7 +70,7 @@ def test_start_ask_stop_change_resume_quit(demo_model_dir: Path, tmp_path: Path)
 
     with chat(tmp_path, "--continue", size=(80, 24)) as terminal:
         terminal.wait("And now?")
-        terminal.wait(lambda text: "policy ewma" in text and "Steps" not in text)
+        terminal.wait(lambda text: "prefetch off" in text and "Steps" not in text)
         terminal.type("\x04")
         assert terminal.leave() == 0
         assert restored(terminal)
@@ -78,7 +78,7 @@ def test_start_ask_stop_change_resume_quit(demo_model_dir: Path, tmp_path: Path)
 
 def test_a_kill_leaves_the_conversation_and_a_usable_terminal(demo_model_dir: Path, tmp_path: Path) -> None:
     with chat(tmp_path, size=(80, 24)) as terminal:
-        terminal.wait(lambda text: "policy ewma" in text and "Steps" not in text)
+        terminal.wait(lambda text: "prefetch off" in text and "Steps" not in text)
         terminal.type("Tell me a long story.\r")
         terminal.wait("› Tell me a long story.")
         os.kill(terminal.process.pid, signal.SIGTERM)

@@ -42,11 +42,27 @@ class Expert(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    """One token's queries, and the keys and values that they look at; distances are in values."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("query_head", "key_head", "key_step", "value_head", "value_step")),
+        *((name, ctypes.c_int32) for name in ("heads", "shared", "keys", "width", "value_width", "dtype")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+HEAD_STEP, MOST_HEAD_WIDTH = 16, 512
+"""What the attention kernel takes: heads whose width is a multiple of the first, at most the second."""
+
+
 class Kernels:
-    """The library's functions. For one thread at a time; each call uses torch's number of threads.
+    """The library's functions. Each call uses :attr:`threads`, or torch's number of threads where that is None.
 
     Inputs and outputs are contiguous float32 or bfloat16. Products of float32 inputs are exact in float32; those of
-    bfloat16 inputs round what goes into the second matrix of an expert to bfloat16, as the model's own code would.
+    bfloat16 inputs, and of what goes into the second matrix of such an expert, may take the inputs as integers of 15
+    bits with a scale for every 128 columns (``integer_dot``): that loses less than bfloat16 does.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -55,13 +71,21 @@ class Kernels:
         self._combine = library.rl_combine
         self._decode = library.rl_decode
         self._encode = library.rl_encode
+        self._rms_norm = library.rl_rms_norm
+        self._attend = library.rl_attend
         pointer, number = ctypes.c_void_p, ctypes.c_int32
         self._linear.argtypes = [pointer, number, pointer, pointer, number, pointer, number, pointer, number, number]
         self._experts.argtypes = [pointer, number, pointer, pointer, number, number, pointer, number, pointer, number]
         self._combine.argtypes = [number, number, pointer, pointer, pointer, number, pointer, number, number]
         self._decode.argtypes = [pointer, pointer, pointer, pointer, number, number]
         self._encode.argtypes = [pointer, pointer, number, pointer, pointer, pointer, number]
-        self.bf16_dot = bool(library.rl_bf16_dot())
+        self._rms_norm.argtypes = [number, number, pointer, pointer, number, ctypes.c_float, number, pointer, number]
+        self._attend.argtypes = [pointer, pointer, number]
+        self.threads: int | None = None
+        self.integer_dot = bool(library.rl_integer_dot())
+
+    def _threads(self) -> int:
+        return self.threads or torch.get_num_threads()
 
     def linear(
         self,
@@ -86,7 +110,7 @@ class Kernels:
                 inputs.dtype == torch.float32,
                 output.data_ptr(),
                 _DTYPES[output.dtype],
-                torch.get_num_threads(),
+                self._threads(),
             )
         )
 
@@ -113,7 +137,7 @@ class Kernels:
                 token_of.data_ptr(),
                 inputs.dtype == torch.float32,
                 output.data_ptr(),
-                torch.get_num_threads(),
+                self._threads(),
             )
         )
 
@@ -135,7 +159,7 @@ class Kernels:
                 output.shape[0],
                 output.data_ptr(),
                 _DTYPES[output.dtype],
-                torch.get_num_threads(),
+                self._threads(),
             )
         )
 
@@ -143,7 +167,12 @@ class Kernels:
         """The weights themselves into ``output`` [rows, columns]; ``codes`` and ``params`` are addresses."""
         _check(
             self._decode(
-                ctypes.byref(shape), codes, params, output.data_ptr(), _DTYPES[output.dtype], torch.get_num_threads()
+                ctypes.byref(shape),
+                codes,
+                params,
+                output.data_ptr(),
+                _DTYPES[output.dtype],
+                self._threads(),
             )
         )
 
@@ -163,10 +192,60 @@ class Kernels:
                 codes.data_ptr(),
                 params.data_ptr(),
                 sums,
-                torch.get_num_threads(),
+                self._threads(),
             )
         )
         return sums[0], sums[1]
+
+    def rms_norm(
+        self, inputs: torch.Tensor, weight: torch.Tensor, epsilon: float, way: int, output: torch.Tensor
+    ) -> None:
+        """The root mean square norm of each row of ``inputs`` [..., width], times ``weight`` [width], into ``output``.
+
+        All are contiguous and of one dtype. ``way``: 0 rounds before the product and after it, 1 only after it, 2 is
+        as 1 with a weight of ``1 + weight``.
+        """
+        width = weight.shape[0]
+        _check(
+            self._rms_norm(
+                inputs.numel() // width,
+                width,
+                inputs.data_ptr(),
+                weight.data_ptr(),
+                _DTYPES[inputs.dtype],
+                epsilon,
+                way,
+                output.data_ptr(),
+                self._threads(),
+            )
+        )
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
+    ) -> None:
+        """One token's attention over all keys, into ``output`` [heads, value width], contiguous.
+
+        ``query`` is [heads, width], ``key`` [shared heads, keys, width], ``value`` [shared heads, keys, value width],
+        all of one dtype with any distances but that of the last dimension, which is 1; see :data:`HEAD_STEP`.
+        """
+        what = Attention(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            query.stride(0),
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            query.shape[0],
+            key.shape[0],
+            key.shape[1],
+            query.shape[1],
+            value.shape[2],
+            _DTYPES[query.dtype],
+            scale,
+        )
+        _check(self._attend(ctypes.byref(what), output.data_ptr(), self._threads()))
 
 
 def _check(status: int) -> None:

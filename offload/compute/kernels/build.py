@@ -1,4 +1,4 @@
-"""Compiles quantized.c for this machine's processor, once, into the cache folder."""
+"""Compiles the C sources beside this file for this machine's processor, once, into the cache folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from offload.paths import cache_folder
 
-SOURCE = Path(__file__).with_name("quantized.c")
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("products.c", "encode.c", "layers.c", "pool.c", "pool.h", "common.h")
+)
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")  # what a compiler does not know of these is left out
 _SECONDS = 120
 
@@ -29,14 +31,14 @@ def build() -> Path:
     Raises BuildError.
     """
     compiler = find_compiler()
-    openmp = torch_openmp()
-    key = "\0".join((SOURCE.read_text("utf-8"), _version(compiler), _processor(), str(openmp), *_FLAGS, *_NATIVE))
+    sources = [source.read_text("utf-8") for source in SOURCES]
+    key = "\0".join((*sources, _version(compiler), _processor(), *_FLAGS, *_NATIVE))
     folder = cache_folder() / "kernels"
-    library = folder / f"quantized-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    library = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, openmp, library)
+            _compile(compiler, library)
         except OSError as error:
             raise BuildError(f"{folder}: cannot be written ({error.strerror})") from error
     return library
@@ -56,26 +58,13 @@ def find_compiler() -> list[str]:
     raise BuildError("no C compiler was found (cc, gcc or clang, or the one that CC names)")
 
 
-def torch_openmp() -> Path | None:
-    """The OpenMP library that torch has loaded: to share its threads, the kernels are linked with the same one."""
-    import torch  # noqa: F401 - loads it
-
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    paths = {line.split(None, 5)[5] for line in lines if "libgomp" in line}
-    return Path(min(paths)) if paths else None
-
-
-def _compile(compiler: list[str], openmp: Path | None, library: Path) -> None:
+def _compile(compiler: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         output = Path(scratch, "kernels.so")
-        # naming torch's own library after the compiler's makes both names one: no second pool of threads
-        link = [] if openmp is None else [str(openmp)]
+        sources = [str(source) for source in SOURCES if source.suffix == ".c"]
         message = ""
         for native in (_NATIVE, _NATIVE[:1], ("-mcpu=native",), ()):
-            command = [*compiler, *_FLAGS, *native, "-shared", "-o", str(output), str(SOURCE), *link, "-lm"]
+            command = [*compiler, *_FLAGS, *native, "-shared", "-o", str(output), *sources, "-lm"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:

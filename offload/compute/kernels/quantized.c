@@ -8,8 +8,10 @@
  *
  * The result of a row and a token depends on nothing else: not on other rows, tokens, experts or threads of the call.
  * Every entry point is for one calling thread at a time and thread; all work is shared among OpenMP's threads.
- * Vectors are written with the extensions that GCC and clang share, so that any processor can run this; the one
- * product that decides the speed has a version of its own for AVX-512 with bf16 dot products.
+ * Vectors are written with the extensions that GCC and clang share, so that any processor can run this; the products
+ * that decide the speed have versions of their own for AVX-512 with integer dot products. These take an input that is
+ * not exact as integers of 15 bits with a scale for each block of columns. llama.cpp does so with 8 bits; 15 cost
+ * two more instructions a block, which hide behind the memory, and lose less than bf16 does.
  */
 #include <math.h>
 #include <stddef.h>
@@ -20,15 +22,15 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define BF16_DOT 1
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define INTEGER_DOT 1
 #else
-#define BF16_DOT 0
+#define INTEGER_DOT 0
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define BLOCK 128    /* columns that one 64-byte load of 4-bit codes holds */
-#define TILE 32      /* rows that a thread takes at a time */
+#define TILE 128     /* most rows that a thread takes at a time: each start of a stream costs some lines that come late */
 #define MAX_TOKENS 4 /* tokens that share one pass over the weights */
 #define AHEAD 4096   /* bytes of codes to fetch ahead */
 #define MAX_ROWS 4   /* rows that share one pass over the input */
@@ -60,11 +62,13 @@ typedef struct {
 
 /* The input of a product, made ready once and used for every row of the weights. */
 typedef struct {
-  int exact;         /* float instead of bf16 */
+  int exact;         /* float instead of integers */
   size_t width;      /* values of a row, padded to BLOCK */
   size_t groups;     /* sums of a row, padded to 16 */
-  void *values;      /* bf16 or float [rows, width]; for 4 bits reordered as the codes come out of a vector */
-  float *sums;       /* [rows, groups] of each group of columns; 4 bits only */
+  void *values;      /* float [rows, width], for 4 bits reordered as the codes come out of a vector; or integers of
+                        15 bits, of each block the upper bytes of all (4 bits: even columns, odd ones), then the lower */
+  float *sums;       /* [rows, groups] of each group of columns; with 8 bits [0] is that of the whole row */
+  float *scales;     /* of the integers: [rows, groups] with 4 bits, [rows, width / BLOCK] with 8 */
 } Panel;
 
 INLINE f32x16 load16(const float *from) {
@@ -179,127 +183,200 @@ static void *scratch(Scratch *s, size_t size) {
   return s->memory;
 }
 
+INLINE size_t panel_scales(const Panel *p, const Shape *s) { return s->bits == 4 ? p->groups : p->width / BLOCK; }
+
 static int panel_init(Panel *p, const Shape *s, int rows, int exact, Scratch *values, Scratch *sums) {
-  p->exact = exact || s->bits == 8 || !BF16_DOT;
+  p->exact = exact || !INTEGER_DOT;
   p->width = round_up(s->bits == 4 ? s->padded : s->columns, BLOCK);
   p->groups = s->bits == 4 ? round_up(s->padded / s->group, 16) : 16;
   p->values = scratch(values, rows * p->width * (p->exact ? 4 : 2));
-  p->sums = scratch(sums, rows * p->groups * sizeof(float));
+  p->sums = scratch(sums, rows * (p->groups + panel_scales(p, s)) * sizeof(float));
+  p->scales = p->sums ? p->sums + rows * p->groups : NULL;
   return p->values && p->sums ? 0 : -1;
 }
 
-/* One row of the input. With 4 bits, column 4i + j of a unit stands at j * (unit / 4) + i, since that is the order in
- * which shifting a vector of 16-bit lanes brings the codes out; the unit is a group, or a block for bf16 products. */
+#if INTEGER_DOT
+#define MOST 16256 /* 127 * 128: the upper byte of an integer is then in -127 .. 127, the lower one in -64 .. 63 */
+
+INLINE __m512 load_floats(const void *from, int dtype, size_t at, __mmask16 there) {
+  if (dtype != BF16) return _mm512_maskz_loadu_ps(there, (const float *)from + at);
+  const __m256i half = _mm256_maskz_loadu_epi16(there, (const uint16_t *)from + at);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void store_bytes(__m512i q, int8_t *upper, int8_t *lower) { /* q = upper * 128 + lower */
+  const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
+  _mm_store_si128((__m128i *)upper, _mm512_cvtepi32_epi8(high));
+  _mm_store_si128((__m128i *)lower, _mm512_cvtepi32_epi8(_mm512_sub_epi32(q, _mm512_slli_epi32(high, 7))));
+}
+
+/* One row of the input as integers. What is not finite makes every product of its row NaN. */
+static void panel_fill_integers(const Panel *p, const Shape *s, int row, const void *from, int dtype, size_t at) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  float *sums = p->sums + row * p->groups, *scales = p->scales + row * panel_scales(p, s), whole = 0;
+  for (size_t block = 0; block < p->width / BLOCK; block++) {
+    int8_t *to = (int8_t *)p->values + (row * p->width + block * BLOCK) * 2;
+    __m512 x[BLOCK / 16], most = _mm512_setzero_ps();
+    __mmask16 finite = 0xffff;
+    for (int i = 0; i < BLOCK / 16; i++) {
+      const long left = s->columns - (long)(block * BLOCK + i * 16);
+      x[i] = load_floats(from, dtype, at + block * BLOCK + i * 16, left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
+      finite &= _mm512_cmp_ps_mask(_mm512_sub_ps(x[i], x[i]), _mm512_setzero_ps(), _CMP_EQ_OQ);
+      most = _mm512_max_ps(most, _mm512_abs_ps(x[i]));
+    }
+    const float largest = _mm512_reduce_max_ps(most);
+    const int some = finite == 0xffff && largest > 1e-33f; /* smaller ones are nothing beside any other block */
+    const __m512 inverse = _mm512_set1_ps(some ? MOST / largest : 0);
+    const float scale = some ? largest / MOST : finite == 0xffff ? 0 : NAN;
+    __m512i q[BLOCK / 16];
+    for (int i = 0; i < BLOCK / 16; i++) q[i] = some ? _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)) : _mm512_setzero_si512();
+    if (s->bits == 8) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int i = 0; i < BLOCK / 16; i++) {
+        sum = _mm512_add_epi32(sum, q[i]);
+        store_bytes(q[i], to + i * 16, to + BLOCK + i * 16);
+      }
+      whole += (float)_mm512_reduce_add_epi32(sum) * scale;
+      scales[block] = scale;
+      continue;
+    }
+    for (int i = 0; i < BLOCK / 16; i += 2) {
+      store_bytes(_mm512_permutex2var_epi32(q[i], even, q[i + 1]), to + i * 8, to + BLOCK + i * 8);
+      store_bytes(_mm512_permutex2var_epi32(q[i], odd, q[i + 1]), to + 64 + i * 8, to + BLOCK + 64 + i * 8);
+    }
+    const int vectors = s->group / 16;
+    for (int i = 0; i < BLOCK / 16; i += vectors) {
+      __m512i sum = q[i];
+      for (int k = 1; k < vectors; k++) sum = _mm512_add_epi32(sum, q[i + k]);
+      const size_t group = (block * BLOCK + i * 16) / s->group;
+      sums[group] = (float)_mm512_reduce_add_epi32(sum) * scale;
+      scales[group] = scale;
+    }
+  }
+  if (s->bits == 8) sums[0] = whole;
+}
+#endif
+
+/* One row of the input. With 4 bits, column 4i + j of a group stands at j * (group / 4) + i, since that is the order in
+ * which shifting a vector of 16-bit lanes brings the codes out. */
 static void panel_fill(const Panel *p, const Shape *s, int row, const void *from, int dtype, size_t at) {
   const int columns = s->columns;
+#if INTEGER_DOT
+  if (!p->exact) {
+    panel_fill_integers(p, s, row, from, dtype, at);
+    return;
+  }
+#endif
+  float *to = (float *)p->values + row * p->width;
   if (s->bits == 8) {
-    float *to = (float *)p->values + row * p->width;
     for (int c = 0; c < columns; c++) to[c] = load_value(from, dtype, at + c);
     for (size_t c = columns; c < p->width; c++) to[c] = 0;
     return;
   }
-  const int unit = p->exact ? s->group : BLOCK, quarter = unit / 4;
-  float *exact = (float *)p->values + row * p->width;
-  uint16_t *rounded = (uint16_t *)p->values + row * p->width;
   float *sums = p->sums + row * p->groups;
   memset(sums, 0, p->groups * sizeof(float));
-  memset(p->exact ? (void *)exact : (void *)rounded, 0, p->width * (p->exact ? 4 : 2));
+  memset(to, 0, p->width * sizeof(float));
   for (int start = 0; start < columns; start += s->group) {
     const int end = start + s->group < columns ? start + s->group : columns;
     float sum = 0;
     for (int c = start; c < end; c++) {
-      const int base = c / unit * unit, inside = c - base;
-      const size_t place = base + inside % 4 * quarter + inside / 4;
-      if (p->exact) {
-        const float value = load_value(from, dtype, at + c);
-        exact[place] = value;
-        sum += value;
-      } else {
-        const uint16_t value = dtype == BF16 ? ((const uint16_t *)from)[at + c] : float_to_bf16(((const float *)from)[at + c]);
-        rounded[place] = value;
-        sum += bf16_to_float(value);
-      }
+      const int inside = c - start;
+      const float value = load_value(from, dtype, at + c);
+      to[start + inside % 4 * (s->group / 4) + inside / 4] = value;
+      sum += value;
     }
     sums[start / s->group] = sum;
   }
 }
 
-#if BF16_DOT
-/* Products of R rows with T tokens: 4-bit codes become bf16 by a table look-up, 32 at a time. */
-INLINE void dot4_bf16(const int R, const int T, const Shape *s, const uint8_t *codes, const uint8_t *params, const Panel *p,
-                      int token, float *out, size_t out_stride) {
-  static const int16_t levels[32] = {/* bf16 of -8 .. 7, twice: the fifth bit of a lane belongs to the next code */
-                                     (int16_t)0xc100, (int16_t)0xc0e0, (int16_t)0xc0c0, (int16_t)0xc0a0, (int16_t)0xc080,
-                                     (int16_t)0xc040, (int16_t)0xc000, (int16_t)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080,
-                                     0x40a0, 0x40c0, 0x40e0, (int16_t)0xc100, (int16_t)0xc0e0, (int16_t)0xc0c0,
-                                     (int16_t)0xc0a0, (int16_t)0xc080, (int16_t)0xc040, (int16_t)0xc000, (int16_t)0xbf80, 0,
-                                     0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-  const __m512i table = _mm512_loadu_si512(levels);
-  const size_t stride = row_bytes(s), param_stride = row_params(s);
+#if INTEGER_DOT
+/* Products of a row with T tokens, 4 bits. A vector of codes is 64 bytes, of which every lane of 4 bytes lies in one
+ * group: the integer sums of a lane are small enough to be exact, and get the group's scale after each block. */
+INLINE void dot4_integers(const int T, const Shape *s, const uint8_t *codes, const uint8_t *params, const Panel *p, int token,
+                          float *out, size_t out_stride) {
+  const size_t stride = row_bytes(s);
   const int groups = s->padded / s->group, in_block = BLOCK / s->group;
-  const __m512i lanes = _mm512_srli_epi32(
-      _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(in_block)), 4);
-  const uint16_t *x = (const uint16_t *)p->values + token * p->width;
-  const float *sums = p->sums + token * p->groups;
-  __m512 acc[MAX_ROWS][MAX_TOKENS];
+  const __m512i nibble = _mm512_set1_epi8(15), next = _mm512_set1_epi32(in_block);
+  const __m512i lanes = _mm512_srli_epi32(_mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), next), 4);
+  const int8_t *x = (const int8_t *)p->values + token * p->width * 2;
+  const float *sums = p->sums + token * p->groups, *scales = p->scales + token * p->groups;
+  __m512 acc[MAX_TOKENS];
   UNROLL
-  for (int r = 0; r < R; r++)
-    UNROLL
-    for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_ps();
+  for (int t = 0; t < T; t++) acc[t] = _mm512_setzero_ps();
   for (int chunk = 0; chunk < groups; chunk += 16) {
     const int some = groups - chunk < 16 ? groups - chunk : 16;
-    const __mmask16 there = (__mmask16)((1u << some) - 1);
-    __m512 scale[MAX_ROWS];
+    const __m512i pair = _mm512_maskz_loadu_epi32((__mmask16)((1u << some) - 1), params + chunk * 4);
+    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+    const __m512 shift = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
+    const __m512 base = _mm512_fmadd_ps(scale, _mm512_set1_ps(-8), shift); /* codes count from 0 here */
+    __m512 factors[MAX_TOKENS];
     UNROLL
-    for (int r = 0; r < R; r++) {
-      const __m512i pair = _mm512_maskz_loadu_epi32(there, params + r * param_stride + chunk * 4);
-      scale[r] = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
-      const __m512 shift = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
-      UNROLL
-      for (int t = 0; t < T; t++) acc[r][t] = _mm512_fmadd_ps(shift, _mm512_loadu_ps(sums + t * p->groups + chunk), acc[r][t]);
+    for (int t = 0; t < T; t++) {
+      acc[t] = _mm512_fmadd_ps(base, _mm512_loadu_ps(sums + t * p->groups + chunk), acc[t]);
+      factors[t] = _mm512_mul_ps(scale, _mm512_loadu_ps(scales + t * p->groups + chunk));
     }
     const int blocks = (some + in_block - 1) / in_block;
-    for (int b = 0; b < blocks; b++) {
-      const int block = chunk / in_block + b;
-      const size_t at = (size_t)block * 64, left = stride - at;
-      const __m512i which = _mm512_add_epi32(lanes, _mm512_set1_epi32(b * in_block));
-      __m512i w[MAX_ROWS];
-      __m512 sum[MAX_ROWS][MAX_TOKENS];
+    __m512i which = lanes; /* the group of each lane */
+    for (int b = 0; b < blocks; b++, which = _mm512_add_epi32(which, next)) {
+      const size_t block = chunk / in_block + b, at = block * 64, left = stride - at;
+      const __m512i w = left >= 64 ? _mm512_loadu_si512(codes + at) : _mm512_maskz_loadu_epi8((1ull << left) - 1, codes + at);
+      __builtin_prefetch(codes + at + AHEAD);
+      const __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
       UNROLL
-      for (int r = 0; r < R; r++) {
-        const uint8_t *from = codes + r * stride + at;
-        if (__builtin_expect(left >= 64, 1))
-          w[r] = _mm512_loadu_si512(from);
-        else
-          w[r] = _mm512_maskz_loadu_epi8((1ull << left) - 1, from);
-        __builtin_prefetch(from + AHEAD);
-        UNROLL
-        for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
-      }
-      UNROLL
-      for (int j = 0; j < 4; j++) {
-        __m512i level[MAX_ROWS];
-        UNROLL
-        for (int r = 0; r < R; r++) level[r] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w[r], 4 * j), table);
-        UNROLL
-        for (int t = 0; t < T; t++) {
-          const __m512i input = _mm512_loadu_si512(x + t * p->width + (size_t)block * BLOCK + j * 32);
-          UNROLL
-          for (int r = 0; r < R; r++) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)level[r], (__m512bh)input);
-        }
-      }
-      UNROLL
-      for (int r = 0; r < R; r++) {
-        const __m512 factor = _mm512_permutexvar_ps(which, scale[r]);
-        UNROLL
-        for (int t = 0; t < T; t++) acc[r][t] = _mm512_fmadd_ps(factor, sum[r][t], acc[r][t]);
+      for (int t = 0; t < T; t++) {
+        const int8_t *at_x = x + (t * p->width + block * BLOCK) * 2;
+        __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_load_si512(at_x));
+        sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, high, _mm512_load_si512(at_x + 64)), 7);
+        sum = _mm512_dpbusd_epi32(sum, low, _mm512_load_si512(at_x + BLOCK));
+        sum = _mm512_dpbusd_epi32(sum, high, _mm512_load_si512(at_x + BLOCK + 64));
+        acc[t] = _mm512_fmadd_ps(_mm512_permutexvar_ps(which, factors[t]), _mm512_cvtepi32_ps(sum), acc[t]);
       }
     }
   }
   UNROLL
-  for (int r = 0; r < R; r++)
+  for (int t = 0; t < T; t++) out[t * out_stride] = _mm512_reduce_add_ps(acc[t]);
+}
+
+/* The same with 8 bits. The instruction takes codes without a sign: 128 is added to each, and taken off in the end. */
+INLINE void dot8_integers(const int T, const Shape *s, const uint8_t *codes, const uint8_t *params, const Panel *p, int token,
+                          float *out, size_t out_stride) {
+  const __m512i sign = _mm512_set1_epi8((char)0x80);
+  const size_t blocks = p->width / BLOCK;
+  const int8_t *x = (const int8_t *)p->values + token * p->width * 2;
+  const float *scales = p->scales + token * blocks;
+  __m512 acc[MAX_TOKENS];
+  UNROLL
+  for (int t = 0; t < T; t++) acc[t] = _mm512_setzero_ps();
+  for (size_t block = 0; block < blocks; block++) {
+    const size_t at = block * BLOCK, left = s->columns - at;
+    __m512i w[2];
+    if (left >= BLOCK) {
+      w[0] = _mm512_loadu_si512(codes + at);
+      w[1] = _mm512_loadu_si512(codes + at + 64);
+    } else {
+      w[0] = _mm512_maskz_loadu_epi8(left >= 64 ? ~0ull : (1ull << left) - 1, codes + at);
+      w[1] = _mm512_maskz_loadu_epi8(left <= 64 ? 0 : (1ull << (left - 64)) - 1, codes + at + 64);
+    }
+    __builtin_prefetch(codes + at + AHEAD);
+    __builtin_prefetch(codes + at + 64 + AHEAD);
+    w[0] = _mm512_xor_si512(w[0], sign);
+    w[1] = _mm512_xor_si512(w[1], sign);
     UNROLL
-    for (int t = 0; t < T; t++) out[t * out_stride + r] = _mm512_reduce_add_ps(acc[r][t]);
+    for (int t = 0; t < T; t++) {
+      const int8_t *at_x = x + (t * p->width + at) * 2;
+      __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w[0], _mm512_load_si512(at_x));
+      sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, w[1], _mm512_load_si512(at_x + 64)), 7);
+      sum = _mm512_dpbusd_epi32(sum, w[0], _mm512_load_si512(at_x + BLOCK));
+      sum = _mm512_dpbusd_epi32(sum, w[1], _mm512_load_si512(at_x + BLOCK + 64));
+      acc[t] = _mm512_fmadd_ps(_mm512_set1_ps(scales[t * blocks + block]), _mm512_cvtepi32_ps(sum), acc[t]);
+    }
+  }
+  float scale;
+  memcpy(&scale, params, sizeof scale);
+  UNROLL
+  for (int t = 0; t < T; t++)
+    out[t * out_stride] = (_mm512_reduce_add_ps(acc[t]) - 128 * p->sums[(token + t) * p->groups]) * scale;
 }
 #endif
 
@@ -411,16 +488,17 @@ INLINE void dot8_f32(const int R, const int T, const Shape *s, const uint8_t *co
 
 INLINE void some_rows(const int R, const int T, const Shape *s, const uint8_t *codes, const uint8_t *params, const Panel *p,
                       int token, float *out, size_t out_stride) {
+#if INTEGER_DOT
+  if (!p->exact) { /* one row after the other: several streams half defeat the hardware's own prefetching */
+    if (s->bits == 8) dot8_integers(T, s, codes, params, p, token, out, out_stride);
+    else dot4_integers(T, s, codes, params, p, token, out, out_stride);
+    return;
+  }
+#endif
   if (s->bits == 8) {
     dot8_f32(R, T, s, codes, params, p, token, out, out_stride);
     return;
   }
-#if BF16_DOT
-  if (!p->exact) {
-    dot4_bf16(R, T, s, codes, params, p, token, out, out_stride);
-    return;
-  }
-#endif
   if (s->group == 32) dot4_f32(32, R, T, s, codes, params, p, token, out, out_stride);
   else if (s->group == 64) dot4_f32(64, R, T, s, codes, params, p, token, out, out_stride);
   else dot4_f32(128, R, T, s, codes, params, p, token, out, out_stride);
@@ -434,12 +512,12 @@ INLINE void some_rows(const int R, const int T, const Shape *s, const uint8_t *c
 
 static void tile(const Shape *s, const uint8_t *codes, const uint8_t *params, const Panel *p, int token, int count, int from,
                  int to, float *out, size_t out_stride) {
-  const int wide = s->bits == 4 ? p->exact : CHAINS == 1; /* several rows even with few tokens */
+  const int wide = p->exact && (s->bits == 4 || CHAINS == 1); /* several rows even with few tokens */
   for (int t = 0; t < count;) {
     const int left = count - t;
     int r = from;
     if (left >= 4) {
-      if (wide || s->bits == 4) ROWS(2, 4);
+      if (p->exact && s->bits == 4) ROWS(2, 4);
       ROWS(1, 4);
       t += 4;
     } else if (left >= 2) {
@@ -917,5 +995,5 @@ int rl_encode(const Shape *s, const void *weights, int dtype, uint8_t *codes, vo
   return 0;
 }
 
-/* 1 if products of bf16 inputs with 4-bit weights use the processor's bf16 dot products. */
-int rl_bf16_dot(void) { return BF16_DOT; }
+/* 1 if products of inputs that need not be exact use the processor's integer dot products. */
+int rl_integer_dot(void) { return INTEGER_DOT; }

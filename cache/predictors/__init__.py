@@ -1,0 +1,37 @@
+"""Predictors by name: what will the next event need?"""
+
+from __future__ import annotations
+
+from cache.predictors.base import Predictor, PredictorContext, PredictorError, State
+from cache.predictors.layer_markov import LayerMarkov
+from cache.predictors.next_gate import NextGatePrediction
+from cache.predictors.oracle import Oracle
+from cache.predictors.popularity import Popularity
+from cache.predictors.previous_token import PreviousToken
+
+PREDICTORS: dict[str, type[Predictor]] = {
+    predictor.name: predictor for predictor in (NextGatePrediction, LayerMarkov, PreviousToken, Popularity, Oracle)
+}
+
+__all__ = [
+    "PREDICTORS",
+    "NextGatePrediction",
+    "Predictor",
+    "PredictorContext",
+    "PredictorError",
+    "State",
+    "make_predictor",
+    "runtime_predictors",
+]
+
+
+def runtime_predictors() -> list[str]:
+    """The names of the predictors that do not need to know the future."""
+    return [name for name, predictor in PREDICTORS.items() if not predictor.simulation_only]
+
+
+def make_predictor(name: str, context: PredictorContext) -> Predictor:
+    """A fresh predictor. Raises PredictorError for an unknown name; the message says which there are."""
+    if name not in PREDICTORS:
+        raise PredictorError(f"unknown predictor '{name}'; there are {', '.join(runtime_predictors())}")
+    return PREDICTORS[name](context)

@@ -1,0 +1,94 @@
+"""What a replay counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Counts of one part of a replay, [L] each: by layer, in the order of :attr:`cache.simulate.ReplayResult.layers`.
+
+    ``prefetched`` records were asked for ahead, ``dropped`` ones of them given up before they were read. ``used`` are
+    those that an event found ready or on their way, ``wasted`` those that were read and evicted, or left over, before
+    that.
+    """
+
+    events: Counts
+    hits: Counts
+    pending: Counts
+    misses: Counts
+    evictions: Counts
+    prefetched: Counts
+    dropped: Counts
+    used: Counts
+    wasted: Counts
+
+    @property
+    def accesses(self) -> int:
+        return int((self.hits + self.pending + self.misses).sum())
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of accesses that were hits (a pending is not one); None without accesses."""
+        return int(self.hits.sum()) / self.accesses if self.accesses else None
+
+    @property
+    def hit_rates(self) -> NDArray[np.float64]:
+        """:attr:`hit_rate` by layer, [L]; NaN without accesses."""
+        accesses = self.hits + self.pending + self.misses
+        rates = np.full(len(accesses), np.nan)
+        np.divide(self.hits, accesses, out=rates, where=accesses > 0)
+        return rates
+
+    @property
+    def loads(self) -> int:
+        """Records that were read: every miss, and every prefetch that was not dropped."""
+        return int((self.misses + self.prefetched - self.dropped).sum())
+
+    def __add__(self, other: Part) -> Part:
+        return Part(**{name: getattr(self, name) + getattr(other, name) for name in PART_COLUMNS})
+
+
+PART_COLUMNS = tuple(Part.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Time by lane. :attr:`total` is that of the compute lane: computing and stalls; disk and link run beside it."""
+
+    compute: float
+    stall: float
+    disk: float
+    link: float
+    tokens: int
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.stall
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.total if self.total else None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How good the guesses were that a prefetch asked for: of the events that were foretold, the experts ``wanted``."""
+
+    wanted: int
+    guessed: int
+    right: int
+
+    @property
+    def recall(self) -> float | None:
+        return self.right / self.wanted if self.wanted else None
+
+    @property
+    def precision(self) -> float | None:
+        return self.right / self.guessed if self.guessed else None

@@ -1,0 +1,328 @@
+"""Replays a routing trace through the same cache, policies and predictors that the runtime drives."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache.events import Events, trace_events
+from cache.expert_cache import ExpertCache, Lookup, Reservation
+from cache.hardware import Hardware
+from cache.keys import ExpertKey
+from cache.policies import PolicyContext, is_simulation_only, make_policy
+from cache.predictors import PredictorContext, make_predictor
+from cache.replay_result import PART_COLUMNS, Part, Prediction, Seconds
+from cache.timeline import Timeline
+from cache.trace import Trace
+
+__all__ = ["Part", "Prediction", "ReplayResult", "ReplaySettings", "Seconds", "replay", "replay_events"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaySettings:
+    """What is replayed. ``slots`` are those of the whole cache, whatever the scope.
+
+    ``fresh_per_request`` empties the cache and forgets all history whenever the request changes; with
+    ``keep_learned`` only the cache is emptied, and what policy and predictor have learned goes on. ``predictor``
+    names what foretells the next event of a decoded token (None: nothing is prefetched), and ``prefetch_limit`` the
+    most experts that it may ask for (None: half of what a token takes). ``record_bytes`` gives the bytes, and with
+    ``hardware`` the seconds; without hardware a prefetch arrives before the next event.
+    """
+
+    policy: str = "foresight"
+    slots: int = 1
+    scope: str = "global"
+    fresh_per_request: bool = False
+    seed: int = 0
+    predictor: str | None = None
+    prefetch_limit: int | None = None
+    record_bytes: int | None = None
+    hardware: Hardware | None = None
+    keep_learned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise ValueError("a replay needs at least one slot")
+        if self.hardware is not None and self.record_bytes is None:
+            raise ValueError("seconds need the size of a record")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """``cold`` are the events that met a free slot they might have used, ``steady`` all others.
+
+    ``seconds`` are those of decoded tokens, ``prefill_seconds`` those of the rest, which count an expert's product of
+    many tokens as one of few. All three last fields are None where nothing was there to measure.
+    """
+
+    settings: ReplaySettings
+    layers: tuple[int, ...]
+    cold: Part
+    steady: Part
+    seconds: Seconds | None = None
+    prefill_seconds: Seconds | None = None
+    prediction: Prediction | None = None
+
+    @property
+    def total(self) -> Part:
+        return self.cold + self.steady
+
+    @property
+    def hit_rate(self) -> float | None:
+        return self.total.hit_rate
+
+    @property
+    def bytes_read(self) -> int | None:
+        return None if self.settings.record_bytes is None else self.total.loads * self.settings.record_bytes
+
+
+def replay(trace: Trace, settings: ReplaySettings, training: Trace | None = None) -> ReplayResult:
+    """Replay ``trace``. Policies and predictors that learn from other requests beforehand get ``training``.
+
+    Raises PolicyError or PredictorError for a name, scope or parameter that does not exist.
+    """
+    return replay_events(trace_events(trace), settings, None if training is None else trace_events(training))
+
+
+def replay_events(events: Events, settings: ReplaySettings, training: Events | None = None) -> ReplayResult:
+    """:func:`replay`, for events that several replays share."""
+    apart = settings.fresh_per_request and (is_simulation_only(settings.policy) or not settings.keep_learned)
+    counts = _Counts(events.layers())
+    for part in _requests(events) if apart else [events]:
+        _Replay(part, settings, training, counts).run()
+    return counts.result(settings)
+
+
+def _requests(events: Events) -> Iterator[Events]:
+    for request in dict.fromkeys(events.request.tolist()):
+        yield events.where(events.request == request)
+
+
+class _Counts:
+    """Sums over the parts of a replay. Rows of lists: one element at a time they are faster than arrays."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+        self.cold, self.steady = ({layer: [0] * len(PART_COLUMNS) for layer in layers} for _ in range(2))
+        self.prediction = [0, 0, 0]
+        self.seconds = np.zeros((2, 5))  # prefill and decode: the fields of Seconds
+
+    def result(self, settings: ReplaySettings) -> ReplayResult:
+        def part(rows: dict[int, list[int]]) -> Part:
+            table = np.array(list(rows.values()), dtype=np.int64).reshape(len(self.layers), len(PART_COLUMNS))
+            return Part(*table.T.copy())
+
+        prefill, decode = (_seconds(row) if settings.hardware else None for row in self.seconds.tolist())
+        prediction = Prediction(*self.prediction) if settings.predictor else None
+        return ReplayResult(settings, self.layers, part(self.cold), part(self.steady), decode, prefill, prediction)
+
+
+_EVENTS, _HITS, _PENDING, _MISSES, _EVICTIONS, _PREFETCHED, _DROPPED, _USED, _WASTED = range(len(PART_COLUMNS))
+
+
+class _Replay:
+    """One replay from an empty cache."""
+
+    def __init__(self, events: Events, settings: ReplaySettings, training: Events | None, counts: _Counts) -> None:
+        layers = counts.layers
+        experts = max(int(part.experts.max(initial=0)) + 1 for part in (events, training) if part is not None)
+        context = PolicyContext(
+            settings.scope, settings.seed, layers=len(layers), experts=experts, future=events, training=training
+        )
+        self.events, self.settings, self.counts = events, settings, counts
+        policy = make_policy(settings.policy, context)
+        self.cache = ExpertCache(settings.slots, policy, layers if settings.scope == "layer" and layers else None)
+        self.predictor = None
+        self.limit = 0
+        if settings.predictor is not None:
+            self.predictor = make_predictor(settings.predictor, PredictorContext(layers, experts, events))
+            self.limit = settings.prefetch_limit or max(1, _experts_of_a_token(events) // 2)
+            if training is not None and not self.predictor.simulation_only:
+                for layer, decode, chosen in _rows(training):
+                    self.predictor.record_event(layer, chosen, decode=decode)
+        self.timeline = None
+        if settings.hardware is not None and settings.record_bytes is not None:
+            self.timeline = Timeline(settings.hardware, settings.record_bytes, max(1, len(layers)))
+        self.unused: dict[ExpertKey, None] = {}  # prefetched, and no event has asked for them yet
+        self.ahead: dict[ExpertKey, None] = {}  # of these, on their way
+        self.guessed: tuple[int, list[int]] | None = None
+
+    def run(self) -> None:
+        counts, cache = self.counts, self.cache
+        plain = self.predictor is None and self.timeline is None
+        emptied = self.settings.fresh_per_request
+        last = None
+        requests, tokens = self.events.request.tolist(), self.events.tokens.tolist()
+        for number, (layer, decode, experts) in enumerate(_rows(self.events)):
+            if emptied and requests[number] != last:
+                if last is not None:
+                    self._empty()
+                last = requests[number]
+            row = (counts.cold if cache.has_free_slot(layer) else counts.steady)[layer]
+            if plain:
+                evicted = cache.counters.evictions
+                found = cache.lookup(layer, experts, decode=decode)
+                if found.misses:
+                    self._load(found)
+                cache.end_event()
+                row[_EVICTIONS] += cache.counters.evictions - evicted
+            else:
+                found = self._event(row, layer, decode, experts, tokens[number])
+            row[_EVENTS] += 1
+            row[_HITS] += len(found.hits)
+            row[_PENDING] += len(found.pending)
+            row[_MISSES] += len(found.misses)
+        self._end_prefetches()
+
+    def _event(self, row: list[int], layer: int, decode: bool, experts: list[int], tokens: int) -> Lookup:
+        """One event with everything that can happen in it; counts all but hits, pending and misses."""
+        cache, timeline = self.cache, self.timeline
+        began = self._clocks()
+        for key in timeline.begin_event(tokens) if timeline else list(self.ahead):
+            del self.ahead[key]
+            cache.commit(key)
+        evicted = cache.counters.evictions
+        found = cache.lookup(layer, experts, decode=decode)
+        arrival = self._sort_prefetches(row, layer, found)
+        if timeline and found.misses:
+            arrival = max(arrival, timeline.demand(len(found.misses)))
+        if self.predictor is not None:
+            self._check_guesses(layer, decode, experts)
+            self.predictor.record_event(layer, experts, decode=decode)
+        self._load(found, ahead=(layer if decode else None))
+        cache.end_event()
+        if timeline:
+            timeline.compute(len(found.hits))
+            timeline.wait(arrival)
+            timeline.compute(len(found.pending) + len(found.misses))
+            stall, disk, link, now = (after - before for after, before in zip(self._clocks(), began, strict=True))
+            done = tokens if layer == self.counts.layers[-1] else 0
+            self.counts.seconds[int(decode)] += now - stall, stall, disk, link, done
+        row[_EVICTIONS] += cache.counters.evictions - evicted
+        return found
+
+    def _load(self, found: Lookup, ahead: int | None = None) -> None:
+        """Load the misses of an event, in waves as the runtime does, and prefetch for the event after ``ahead``."""
+        cache = self.cache
+        loads = cache.reserve(found.misses) if found.misses else []
+        self._count_waste(loads)
+        if len(loads) == len(found.misses):  # all at once: nothing has to be released
+            if ahead is not None and self.predictor is not None:
+                self._prefetch(ahead)
+            for load in loads:
+                cache.commit(load.key)
+            for key in found.pending:
+                cache.commit(key)
+            return
+        waiting = found.misses[len(loads) :]
+        queue = deque([*found.pending, *(load.key for load in loads)])
+        for hit in found.hits:
+            if not waiting:
+                break
+            cache.release(hit)
+            queue += self._next_loads(waiting)
+        while queue or waiting:
+            if queue:
+                key = queue.popleft()
+                cache.commit(key)
+                cache.release(key)
+            else:  # prefetches hold the slots that are left
+                key = next(iter(self.ahead))
+                del self.ahead[key]
+                if self.timeline:
+                    self.timeline.finish(key)
+                cache.commit(key)
+            queue += self._next_loads(waiting)
+
+    def _next_loads(self, waiting: list[ExpertKey]) -> list[ExpertKey]:
+        if not waiting:
+            return []
+        loads = self.cache.reserve(waiting)
+        self._count_waste(loads)
+        del waiting[: len(loads)]
+        return [load.key for load in loads]
+
+    def _prefetch(self, layer: int) -> None:
+        assert self.predictor is not None
+        after = self.predictor.layer_after(layer)
+        guesses = self.predictor.predict(layer, self.limit)
+        self.guessed = after, guesses
+        loads = self.cache.reserve_ahead(self.cache.keys(after, guesses))
+        self._count_waste(loads)
+        for load in loads:
+            self.counts.steady[after][_PREFETCHED] += 1
+            self.ahead[load.key] = self.unused[load.key] = None
+            if self.timeline:
+                self.timeline.prefetch(load.key)
+
+    def _sort_prefetches(self, row: list[int], layer: int, found: Lookup) -> float:
+        """Those that this event needs become its loads; those that came too late are dropped if they have not begun."""
+        arrival = 0.0
+        for key in found.pending:
+            del self.ahead[key]
+            if self.timeline:
+                arrival = max(arrival, self.timeline.finish(key))
+        for key in [key for key in self.ahead if key.layer == layer]:
+            if self.timeline and self.timeline.drop(key):
+                del self.ahead[key], self.unused[key]
+                self.cache.abandon(key)
+                row[_DROPPED] += 1
+        for key in (*found.hits, *found.pending):
+            if key in self.unused:
+                del self.unused[key]
+                row[_USED] += 1
+        return arrival
+
+    def _count_waste(self, loads: Sequence[Reservation]) -> None:
+        for load in loads:
+            if load.victim in self.unused:
+                del self.unused[load.victim]
+                self.counts.steady[load.victim.layer][_WASTED] += 1
+
+    def _check_guesses(self, layer: int, decode: bool, experts: list[int]) -> None:
+        if self.guessed is not None and decode and self.guessed[0] == layer:
+            right = len(set(experts).intersection(self.guessed[1]))
+            for at, count in enumerate((len(experts), len(self.guessed[1]), right)):
+                self.counts.prediction[at] += count
+        self.guessed = None
+
+    def _empty(self) -> None:
+        self._end_prefetches()
+        self.cache.clear()
+
+    def _end_prefetches(self) -> None:
+        """Nobody will use those that are left: what has not begun is dropped, the rest was read for nothing."""
+        for key in self.ahead:
+            if self.timeline and self.timeline.drop(key):
+                del self.unused[key]
+                self.cache.abandon(key)
+                self.counts.steady[key.layer][_DROPPED] += 1
+            else:
+                if self.timeline:
+                    self.timeline.finish(key)
+                self.cache.commit(key)
+        self.ahead.clear()
+        for key in self.unused:
+            self.counts.steady[key.layer][_WASTED] += 1
+        self.unused.clear()
+
+    def _clocks(self) -> tuple[float, float, float, float]:
+        lanes = self.timeline
+        return (lanes.stall, lanes.disk_busy, lanes.link_busy, lanes.now) if lanes else (0.0, 0.0, 0.0, 0.0)
+
+
+def _seconds(row: list[float]) -> Seconds:
+    compute, stall, disk, link, tokens = row
+    return Seconds(compute, stall, disk, link, int(tokens))
+
+
+def _rows(events: Events) -> Iterator[tuple[int, bool, list[int]]]:
+    return zip(events.layer.tolist(), events.decode.tolist(), events.sets(), strict=True)
+
+
+def _experts_of_a_token(events: Events) -> int:
+    sizes = np.diff(events.starts)[events.decode & (events.tokens == 1)]
+    return int(sizes.max(initial=1))
