@@ -29,10 +29,10 @@ chat: $(VENV)/.demo
 	@$(BIN) run_local.py chat $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN) -m pytest $(ARGS)
+	$(BIN) -m pytest -n auto $(ARGS)
 
 test-all: $(VENV)/.test
-	$(BIN) -m pytest -m "" $(ARGS)
+	$(BIN) -m pytest -n auto -m "" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN) -m ruff check .

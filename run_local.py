@@ -6,19 +6,34 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from offload.config import format_size
+from offload.config import DEFAULT_POLICY, DEFAULT_SCOPE, format_size
 from offload.errors import UsageError
 from offload.host import LocalHost, write_stats
 from tui.bench import BENCH_SAMPLING_FLAGS, add_bench_flags, given_flags, read_text
+from tui.config_file import kept_flags
 from tui.failures import EXIT_CODES, ExitCode, run_guarded
-from tui.flags import FORMAT_FLAGS, MEMORY_FLAGS, MODEL_FLAGS, RUN_FLAGS, SAMPLING_FLAGS, Flag, FlagValues, read_flags
+from tui.flags import (
+    BATCH_FLAGS,
+    FORMAT_FLAGS,
+    MEMORY_FLAGS,
+    MODEL_FLAGS,
+    RUN_FLAGS,
+    SAMPLING_FLAGS,
+    Flag,
+    FlagValues,
+    read_flags,
+    whole,
+)
+from tui.laboratory_flags import add_trace_commands, add_tune_flags
 from tui.libraries import hub_is_offline, prepare_libraries
 from tui.outputs import check_outputs
+from tui.parser import Parser, Version
 from tui.question import read_question
 from tui.saved import add_saved_flags, find_saved, is_full_terminal, list_saved
 from tui.text import check_text
@@ -29,47 +44,33 @@ if TYPE_CHECKING:
     from tui.screen import Screen
 
 Command = Callable[[argparse.Namespace, FlagValues], int]
+_COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config", "completion")
 
 _ENVIRONMENT = """\
-Flags of the groups model, memory, run and sampling can also be set in the environment: --ctx is RUN_LOCAL_CTX, and so
-on. A flag wins over its variable. Answers go to stdout, everything else to stderr."""
+Flags of the groups model, format, memory, run and sampling can also be set in the environment (--ctx is RUN_LOCAL_CTX),
+by --preset, and in config.toml; a flag wins over its variable, that over the preset, that over the file. 'config show'
+tells what holds. Answers go to stdout, everything else to stderr."""
 _FLAG_GROUPS = {
     "model": MODEL_FLAGS,
     "format": FORMAT_FLAGS,
     "memory": MEMORY_FLAGS,
     "run": RUN_FLAGS,
     "sampling": SAMPLING_FLAGS,
+    "batch": BATCH_FLAGS,
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            text = version("run-local")
-        except PackageNotFoundError:
-            text = "(not installed)"
-        print(f"run-local {text}")
-        raise SystemExit(0)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. A parsed namespace has ``run`` (the command) and ``flags`` (its shared flags)."""
-    parser = _Parser(
+    parser = Parser(
         prog="run-local",
         description="Run Mixture-of-Experts models whose experts stream from disk, under a hard memory budget.",
         epilog=f"{_ENVIRONMENT}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
 
     chat = _add_command(commands, "chat", _chat, "ask a model", ("model", "format", "memory", "run", "sampling"))
     chat.add_argument(
@@ -83,13 +84,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_saved_flags(chat)
 
     batch = _add_command(
-        commands, "batch", _batch, "answer a file of prompts", ("model", "format", "memory", "run", "sampling")
+        commands, "batch", _batch, "answer a file of prompts", ("model", "format", "memory", "run", "sampling", "batch")
     )
-    batch.add_argument("input", metavar="IN.jsonl", help="rows {id, prompt} or {id, messages}; - is standard input")
+    batch.add_argument(
+        "input", metavar="IN.jsonl", help="rows {id, prompt} or {id, messages}, maybe gzip; - is standard input"
+    )
     batch.add_argument(
         "-o", "--output", required=True, metavar="OUT.jsonl", help="new file for the answers; - is standard output"
     )
     batch.add_argument("--resume", action="store_true", help="go on with OUT.jsonl: skip the rows that it has")
+    batch.add_argument("--ordered", action="store_true", help="write the answers in the order of the input")
+    batch.add_argument("--max-errors", metavar="N", help="begin no more rows after N with an error (default: go on)")
 
     plan = _add_command(commands, "plan", _plan, "show what memory a model would take", ("model", "format", "memory"))
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -97,7 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     pack = _add_command(commands, "pack", _pack, "write a model's experts to an expert file", ("model", "format"))
     pack.add_argument("-o", "--output", metavar="DIR", help="the pack's own folder (default: one in the packs folder)")
 
-    bench = _add_command(commands, "bench", _bench, "measure speed and quality", ("model", "format", "memory", "run"))
+    bench = _add_command(
+        commands, "bench", _bench, "measure speed and quality", ("model", "format", "memory", "run", "batch")
+    )
     _add_flags(bench, "sampling", BENCH_SAMPLING_FLAGS)
     add_bench_flags(bench)
 
@@ -105,6 +112,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_flags(models, "model", [flag for flag in MODEL_FLAGS if flag.name == "--experts-dir"])
     models.add_argument("--remove", metavar="NAME", help="delete the pack NAME")
 
+    trace = _add_command(commands, "trace", _trace, "look at routing traces, convert and make them", ())
+    add_trace_commands(_nested(trace, "trace", _trace))
+    add_tune_flags(_add_command(commands, "tune", _tune, "find the policy and the cache size for your traces", ()))
+
+    config = _add_command(commands, "config", _config, "show the settings", ())
+    show = _nested(config, "config", _config)("show", "show every flag, its value and where that comes from")
+    for group, flags in _FLAG_GROUPS.items():
+        _add_flags(show, group, flags)
+    show.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     completion = _add_command(commands, "completion", _completion, "print what a shell needs to complete this", ())
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell: bash, zsh or fish")
     return parser
@@ -118,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = build_parser().parse_args(given or ["chat"])
-    values = read_flags(arguments, arguments.flags, os.environ)
+    values = _values(arguments)
     if hub_is_offline(os.environ):
         values.given.setdefault("offline", True)
     command: Command = arguments.run
@@ -128,9 +144,18 @@ def _run(argv: Sequence[str] | None) -> int:
         raise UsageError(values.blame(str(error))) from error
 
 
+def _values(arguments: argparse.Namespace) -> FlagValues:
+    """The shared flags of a command, from the command line, the environment, the preset and the file."""
+    if not arguments.flags:
+        return FlagValues({})
+    known = [flag.dest for group in _FLAG_GROUPS.values() for flag in group]
+    kept = kept_flags(getattr(arguments, "preset", None), arguments.command, _COMMANDS, known, os.environ)
+    return read_flags(arguments, arguments.flags, os.environ, kept)
+
+
 def _add_command(
-    commands: argparse._SubParsersAction[_Parser], name: str, run: Command, summary: str, groups: Sequence[str]
-) -> _Parser:
+    commands: argparse._SubParsersAction[Parser], name: str, run: Command, summary: str, groups: Sequence[str]
+) -> Parser:
     parser = commands.add_parser(
         name,
         help=summary,
@@ -139,10 +164,22 @@ def _add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run, flags=[])
+    parser.set_defaults(run=run, flags=[], command=name)
     for group in groups:
         _add_flags(parser, group, _FLAG_GROUPS[group])
     return parser
+
+
+def _nested(parser: Parser, command: str, run: Command) -> Callable[[str, str], Parser]:
+    """What adds commands below ``command``."""
+    below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(name: str, summary: str) -> Parser:
+        added = _add_command(below, name, run, summary, ())
+        added.set_defaults(command=command, action=name)
+        return added
+
+    return add
 
 
 def _add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> None:
@@ -185,50 +222,53 @@ def _chat(arguments: argparse.Namespace, values: FlagValues) -> int:
 
 
 def _batch(arguments: argparse.Namespace, values: FlagValues) -> int:
-    from offload.generation.batch import run_batch
-    from offload.generation.batch_files import BatchInput, batch_settings, choose_seed, open_sink
-    from tui.interrupts import CancelOnInterrupt
+    from offload.generation.batch_job import open_job
+    from offload.generation.batch_run import run_batch
+    from tui.interrupts import FinishOnInterrupt
     from tui.progress import BatchReporter
     from tui.screen import Screen
 
     settings, sampling = values.engine(), values.sampling()
+    most_errors = None if arguments.max_errors is None else whole(arguments.max_errors, "--max-errors")
     check_outputs(values)
-    source = BatchInput.open(arguments.input)
-    path = None if arguments.output == "-" else Path(arguments.output)
-    seed = choose_seed(sampling.seed, path if arguments.resume else None)
-    total = source.rows()
+    job = open_job(arguments.input, arguments.output, sampling, arguments.resume, arguments.ordered, most_errors)
+    settings = job.engine_settings(settings, values.given.get("batch_size"))
     screen = Screen()
     try:
-        with open_sink(path, arguments.resume, batch_settings(settings, sampling, seed), source) as sink:
-            if total == sink.done.total():
+        with job.open_sink(settings) as sink:
+            if job.total == sink.done.total():
                 sink.finish()
-                screen.note(f"nothing to do: all {total} rows are done" if total else "nothing to do: no rows")
+                screen.note(f"nothing to do: all {job.total} rows are done" if job.total else "nothing to do: no rows")
                 return ExitCode.DONE
+            further: dict[str, object] = {}
             with (
-                _open_engine(settings, values, screen) as engine,
-                BatchReporter(screen, answers_on_stdout=path is None) as report,
-                CancelOnInterrupt(engine) as interrupts,
+                _open_engine(settings, values, screen, further) as engine,
+                BatchReporter(screen, answers_on_stdout=job.path is None) as report,
+                FinishOnInterrupt(engine, screen.note) as interrupts,
             ):
                 summary = run_batch(
                     engine,
-                    source.lines(),
+                    job.source.lines(),
                     sink,
                     sampling,
-                    seed,
+                    job.seed,
+                    options=job.options,
                     done_before=sink.done,
-                    rows_total=total,
+                    rows_total=job.total,
                     on_progress=report,
                     should_stop=lambda: interrupts.interrupted,
+                    should_cancel=lambda: interrupts.cancelled,
                 )
+                further["batch"] = summary.to_json()
             screen.note(summary.describe())
             if summary.interrupted:
                 raise KeyboardInterrupt
             sink.finish()
     except KeyboardInterrupt:
-        if path is not None and not source.stream:
+        if job.can_resume:
             screen.note("go on with the same command and --resume")
         raise
-    return ExitCode.FAILED if summary.written and summary.errors == summary.written else ExitCode.DONE
+    return ExitCode.FAILED if summary.failed else ExitCode.DONE
 
 
 def _plan(arguments: argparse.Namespace, values: FlagValues) -> int:
@@ -283,11 +323,12 @@ def _bench(arguments: argparse.Namespace, values: FlagValues) -> int:
 
     def read(parsed: argparse.Namespace, found: FlagValues) -> tuple[BenchRequest, EngineSettings, SamplingSettings]:
         given = {name: getattr(parsed, name) for name in BenchRequest.field_names()}
-        return BenchRequest(**given | {"compare": tuple(parsed.compare or ())}), found.engine(), found.sampling()
+        asked = BenchRequest(**given | {"compare": tuple(parsed.compare or ())})
+        return asked, replace(found.engine(), row_tokens=asked.workload.total), found.sampling()
 
     def read_command_line(flags: list[str]) -> tuple[BenchRequest, EngineSettings]:
         parsed = build_parser().parse_args(["bench", *flags])
-        return read(parsed, read_flags(parsed, parsed.flags, os.environ))[:2]
+        return read(parsed, _values(parsed))[:2]
 
     request, settings, sampling = read(arguments, values)
     text = read_text(request.perplexity) if request.perplexity is not None else None
@@ -351,9 +392,38 @@ def _completion(arguments: argparse.Namespace, values: FlagValues) -> int:
     return ExitCode.DONE
 
 
+def _trace(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from offload.laboratory import traces
+    from tui.laboratory_commands import run_trace
+    from tui.screen import Screen
+
+    return run_trace(arguments, traces, Screen())
+
+
+def _tune(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from offload.laboratory import tuning
+    from tui.laboratory_commands import TuneDefaults, run_tune
+    from tui.screen import Screen
+
+    return run_tune(arguments, tuning, TuneDefaults(DEFAULT_POLICY, DEFAULT_SCOPE), Screen())
+
+
+def _config(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from tui.config_view import config_json, config_rows, config_text
+    from tui.screen import Screen
+
+    rows = config_rows(values, arguments.flags)
+    Screen().answer(config_json(rows) if arguments.json else config_text(rows))
+    return ExitCode.DONE
+
+
 @contextmanager
-def _open_engine(settings: EngineSettings, values: FlagValues, screen: Screen) -> Iterator[ChatEngine]:
-    """The engine of ``chat`` and ``batch``; writes ``--stats-json`` at the end, after Ctrl-C or an error too."""
+def _open_engine(
+    settings: EngineSettings, values: FlagValues, screen: Screen, further: Mapping[str, object] | None = None
+) -> Iterator[ChatEngine]:
+    """The engine of ``chat`` and ``batch``; writes ``--stats-json`` at the end, after Ctrl-C or an error too, with what
+    ``further`` holds then.
+    """
     prepare_libraries(settings.offline)
 
     from tui.progress import LoadReporter
@@ -366,7 +436,7 @@ def _open_engine(settings: EngineSettings, values: FlagValues, screen: Screen) -
         try:
             yield engine
         finally:
-            write_stats(engine, values.given.get("stats_json"))
+            write_stats(engine, values.given.get("stats_json"), further)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.events import Events
 from cache.expert_cache import CacheCounters, ExpertCache, Lookup, Reservation
 from cache.keys import ExpertKey
 from cache.policies import Policy, PolicyContext, PolicyError, make_policy
@@ -35,10 +36,15 @@ class CacheSetup:
     experts: int
     seed: int = 0
 
-    def make_policy(self) -> Policy:
-        """Raises PolicyError."""
-        context = PolicyContext(self.scope, self.seed, layers=len(self.layers), experts=self.experts)
+    def make_policy(self, training: Events | None = None) -> Policy:
+        """``training`` are earlier events to learn from. Raises PolicyError."""
+        context = PolicyContext(self.scope, self.seed, layers=len(self.layers), experts=self.experts, training=training)
         return make_policy(self.policy, context)
+
+    @property
+    def fill(self) -> int:
+        """The ``fill`` argument of a cache: an even share of the slots."""
+        return -(-self.slots // max(1, len(self.layers)))
 
     def shared_layers(self) -> tuple[int, ...] | None:
         """The ``layers`` argument of a cache of this scope."""
@@ -49,13 +55,20 @@ class LoggedCache(ExpertCache):
     """An expert cache that writes down what it is told and what it answers. The plain one does not pay for it."""
 
     def __init__(self, setup: CacheSetup) -> None:
-        super().__init__(setup.slots, setup.make_policy(), setup.shared_layers())
+        super().__init__(setup.slots, setup.make_policy(), setup.shared_layers(), setup.fill)
         self.log: list[tuple[Any, ...]] = [("setup", asdict(setup))]
 
-    def lookup(self, layer: int, experts: Iterable[int], *, decode: bool = True) -> Lookup:
+    def lookup(
+        self,
+        layer: int,
+        experts: Iterable[int],
+        *,
+        decode: bool = True,
+        recent: Sequence[Sequence[int]] | None = None,
+    ) -> Lookup:
         experts = list(experts)
-        found = super().lookup(layer, experts, decode=decode)
-        self.log.append(("lookup", layer, experts, decode, [len(part) for part in found]))
+        found = super().lookup(layer, experts, decode=decode, recent=recent)
+        self.log.append(("lookup", layer, experts, decode, recent, [len(part) for part in found]))
         return found
 
     def reserve(self, keys: Sequence[ExpertKey], limit: int | None = None) -> list[Reservation]:
@@ -128,7 +141,7 @@ def replay_log(entries: Iterable[Sequence[Any]]) -> CacheCounters:
         try:
             if name == "setup":
                 setup = _setup(arguments[0])
-                cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers())
+                cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers(), setup.fill)
                 continue
             if cache is None:
                 raise ValueError("it does not begin with a setup")
@@ -157,7 +170,7 @@ def _plain(found: Iterable[Reservation]) -> list[Any]:
 
 
 def _lookup(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:
-    return a[3], [len(part) for part in cache.lookup(a[0], a[1], decode=a[2])]
+    return a[4], [len(part) for part in cache.lookup(a[0], a[1], decode=a[2], recent=a[3])]
 
 
 def _reserve(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:

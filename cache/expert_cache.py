@@ -61,6 +61,10 @@ class CacheCounters:
     failed_loads: int = 0
 
 
+_MOST_PASSING = 8
+"""Slots at the cold end: enough to read some records while others are computed."""
+
+
 class ExpertCache:
     """Slots, their states, and the event that is being served. Holds no weights; not thread-safe by design.
 
@@ -79,9 +83,17 @@ class ExpertCache:
     With ``layers`` (scope ``layer``) each layer has an even share of the slots and finds its victims among its own
     keys. A layer below its share gets a free slot, or else one of the layer that is furthest above its own: after a
     change of scope, or where there are fewer slots than layers and an event needs one all the same.
+
+    A forward pass of many tokens (a prompt, the rows of a batch) may need most records of every layer, one layer after
+    the other. Admitted like any others, each layer's would push out what the next layers are about to use, and the pass
+    would find nothing. So its events stream (``recent`` of :meth:`lookup`): beyond ``fill`` slots for each layer, while
+    there are free ones, records go through a few slots at the cold end, which any later event takes first. Only what
+    the most recent tokens use stays, in place of records of the same layer that the pass does not need.
     """
 
-    def __init__(self, slots: int, policy: Policy, layers: Iterable[int] | None = None) -> None:
+    def __init__(
+        self, slots: int, policy: Policy, layers: Iterable[int] | None = None, fill: int | None = None
+    ) -> None:
         if slots < 1:
             raise ValueError("an expert cache needs at least one slot")
         self.policy = policy
@@ -95,6 +107,10 @@ class ExpertCache:
         self._keys: defaultdict[int, list[ExpertKey]] = defaultdict(list)  # by layer and expert: made once
         self._held: defaultdict[int, int] = defaultdict(int)  # slots that each layer has
         self._share = None if layers is None else layer_shares(slots, layers)
+        self._fill = slots if fill is None else fill
+        self._passing: dict[ExpertKey, None] = {}  # records at the cold end, the oldest first
+        self._most_passing = max(1, min(_MOST_PASSING, slots // 8))
+        self._recent: frozenset[ExpertKey] | None = None  # of the open event, if it streams
 
     @property
     def slots(self) -> int:
@@ -138,8 +154,18 @@ class ExpertCache:
         self.policy = policy
         self._share = None if layers is None else layer_shares(self.slots, layers)
 
-    def lookup(self, layer: int, experts: Iterable[int], *, decode: bool = True) -> Lookup:
+    def lookup(
+        self,
+        layer: int,
+        experts: Iterable[int],
+        *,
+        decode: bool = True,
+        recent: Sequence[Sequence[int]] | None = None,
+    ) -> Lookup:
         """Open an event: classify all of its experts at once, count them and tell the policy.
+
+        With ``recent`` the event streams, and the policy is told of these groups of its experts alone, one after the
+        other: those of the last tokens of a prompt, say.
 
         Raises RuntimeError if the event before was not ended.
         """
@@ -160,7 +186,15 @@ class ExpertCache:
         counters.misses += len(found.misses)
         self._event = keys
         self._needed = set(keys)
-        self.policy.record_event(keys)
+        if recent is None:
+            self.policy.record_event(keys)
+            for key in found.hits if self._passing else ():
+                self._passing.pop(key, None)
+            return found
+        groups = [self.keys(layer, group) for group in recent]
+        for group in groups:
+            self.policy.record_event(group)
+        self._recent = frozenset().union(*groups)
         return found
 
     def keys(self, layer: int, experts: Iterable[int]) -> list[ExpertKey]:
@@ -186,6 +220,8 @@ class ExpertCache:
         if wanted <= 0:
             return []
         layer = keys[0].layer
+        if self._recent is not None and self._share is None:
+            return self._reserve_streaming(keys[:wanted], layer, self._recent)
         free = min(wanted, self._free_for(layer))
         victims = self._choose_victims(wanted - free, layer) if free < wanted else []
         return self._take_slots(keys[: free + len(victims)], free, victims)
@@ -233,6 +269,7 @@ class ExpertCache:
         """Close the event; nothing is protected on its account any more. Loads in flight stay loading."""
         self._event = ()
         self._needed = set()
+        self._recent = None
 
     def clear(self) -> None:
         """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError within one."""
@@ -249,6 +286,7 @@ class ExpertCache:
         for slot, key in enumerate(self._key):
             assert (key is None) == (slot in self._free), f"slot {slot} is consistent"
         assert self._loading <= self._slot.keys(), "what is loading has a slot"
+        assert self._passing.keys() <= self._slot.keys(), "what passes through has a slot"
         assert self._needed <= set(self._event), "only keys of the open event are needed"
         assert self.policy.resident() == set(self._slot), "the policy knows exactly the resident keys"
         by_layer = Counter(key.layer for key in self._slot)
@@ -264,20 +302,23 @@ class ExpertCache:
     def _choose_victims(self, n: int, layer: int) -> list[ExpertKey]:
         """At most ``n`` keys to give up for keys of ``layer``: outside the event first, then its released keys."""
         if self._share is None:
-            return self._victims_among(n, None)
+            passing = self._passing_outside()[:n]
+            return passing + self._victims_among(n - len(passing), None, passing)
         below = max(1, self._share[layer]) - self._held[layer]
         chosen: list[ExpertKey] = []
         if below > len(self._free):  # it may grow, but somebody else has the slots
             chosen = self._victims_of_others(min(n, below - len(self._free)), layer)
         return chosen + self._victims_among(n - len(chosen), layer)
 
-    def _victims_among(self, n: int, layer: int | None) -> list[ExpertKey]:
-        """At most ``n`` keys of ``layer`` (None: of all layers), outside the event first, then its released keys."""
+    def _victims_among(self, n: int, layer: int | None, but: Sequence[ExpertKey] = ()) -> list[ExpertKey]:
+        """At most ``n`` keys of ``layer`` (None: of all layers) and not in ``but``, outside the event first, then its
+        released keys.
+        """
         chosen: list[ExpertKey] = []
         for kept in (self._event, self._needed):
             if len(chosen) == n:
                 break
-            blocked = {*kept, *self._loading, *chosen}
+            blocked = {*kept, *self._loading, *chosen, *but}
             if layer is None:
                 available = len(self._slot) - sum(key in self._slot for key in blocked)
             else:
@@ -286,6 +327,72 @@ class ExpertCache:
             assert more is not None, "the policy has fewer victims than the cache"
             chosen += more
         return chosen
+
+    def _passing_outside(self) -> list[ExpertKey]:
+        """Records at the cold end that neither the event nor a load holds."""
+        if not self._passing:
+            return []
+        return [key for key in self._passing if key not in self._event and key not in self._loading]
+
+    def _reserve_streaming(
+        self, keys: Sequence[ExpertKey], layer: int, recent: frozenset[ExpertKey]
+    ) -> list[Reservation]:
+        """:meth:`reserve` in an event that streams."""
+        to_fill = max(0, min(len(self._free), self._fill - self._held[layer]))
+        free = len(self._free) - to_fill
+        wanted = sum(key in recent for key in keys)
+        in_event = sum(key in self._slot for key in self._event)
+        others = (
+            self._held[layer] - in_event - sum(key.layer == layer and key not in self._event for key in self._loading)
+        )
+        blocked = {*self._event, *self._loading, *self._passing}
+        others -= sum(
+            key.layer == layer and key not in self._event and key not in self._loading for key in self._passing
+        )
+        idle = (self.policy.victims(min(wanted, others), blocked, layer) or []) if wanted and others > 0 else []
+        outside = self._passing_outside()
+        done = [key for key in self._passing if key in self._event and key not in self._needed]
+        grow = self._most_passing - len(self._passing)
+        filled: list[ExpertKey] = []
+        passing: list[ExpertKey] = []
+        staying: list[ExpertKey] = []
+        victims: list[ExpertKey] = []
+        for key in keys:
+            if to_fill:
+                to_fill -= 1
+                filled.append(key)
+            elif key in recent and idle:
+                victims.append(idle.pop(0))
+                staying.append(key)
+            elif outside:
+                victims.append(outside.pop(0))
+                passing.append(key)
+            elif grow > 0 and free:
+                free -= 1
+                grow -= 1
+                filled.append(key)
+                self._passing[key] = None
+            elif grow > 0 and (more := self._coldest_outside({*blocked, *idle, *victims})):
+                grow -= 1
+                victims.append(more)
+                passing.append(key)
+            elif done:
+                victims.append(done.pop(0))
+                passing.append(key)
+            else:
+                break
+        stuck = not self._loading and not any(key in self._needed for key in self._passing)
+        if not victims and not filled and stuck:
+            victims = self._victims_among(1, None)
+            staying = list(keys[: len(victims)])
+        order = sorted((*staying, *passing), key=keys.index)  # that of their victims
+        taken = self._take_slots([*filled, *order], len(filled), victims)
+        self._passing.update(dict.fromkeys(passing))
+        return taken
+
+    def _coldest_outside(self, blocked: set[ExpertKey]) -> ExpertKey | None:
+        found = self.policy.victims(1, blocked)
+        return found[0] if found else None
 
     def _victims_of_others(self, n: int, layer: int) -> list[ExpertKey]:
         """At most ``n`` keys, each of the layer that is then furthest above its share, the lowest of several."""
@@ -332,4 +439,5 @@ class ExpertCache:
         self._key[slot] = None
         self._held[key.layer] -= 1
         self._free.append(slot)
+        self._passing.pop(key, None)
         self.policy.evict(key)

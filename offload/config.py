@@ -20,6 +20,7 @@ _UNITS = {
 DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_PREFILL_CHUNK = 512
+MAX_BATCH_ROWS = 256
 DEFAULT_POLICY = "foresight"
 DEFAULT_SCOPE = "global"
 DEVICES = ("auto", "cpu")
@@ -130,6 +131,8 @@ class SamplingSettings:
 class EngineSettings:
     """Everything that decides how a model is opened. Sizes in bytes; ``None`` means ``auto``.
 
+    ``batch_rows`` is how many rows of a batch are to share a forward pass, ``row_tokens`` how many tokens of prompt and
+    answer most of them have together: room for so many is kept.
     ``seed`` is that of policies that draw lots (None: 0).
     """
 
@@ -147,10 +150,13 @@ class EngineSettings:
     prefetch: str = "off"
     experts_dir: Path | None = None
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    batch_rows: int | None = 1
+    row_tokens: int | None = None
     read_workers: int = 4
     verify: bool = False
     offline: bool = False
     trace_out: Path | None = None
+    learn_from: tuple[Path, ...] = ()
     cache_log: Path | None = None
     seed: int | None = None
 
@@ -174,4 +180,8 @@ class EngineSettings:
         )
         _check(self.context_tokens is None or self.context_tokens >= 2, "--ctx must be at least 2 tokens")
         _check(self.prefill_chunk >= 1, "--prefill-chunk must be at least 1 token")
+        _check(
+            self.batch_rows is None or 1 <= self.batch_rows <= MAX_BATCH_ROWS,
+            f"--batch-size must be auto or between 1 and {MAX_BATCH_ROWS}",
+        )
         _check(1 <= self.read_workers <= 64, "--read-workers must be between 1 and 64")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -26,13 +26,16 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.devices import SlotArena
 from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import CacheSnapshot, Done, Event, FinishReason, LiveChanges, PrefillProgress, RunStats, Token
-from offload.generation.sampling import Sampler
+from offload.events import Done, Event, FinishReason, LiveChanges, PrefillProgress, RowEvent, RunStats, Token
+from offload.generation.row_passes import RowPasses
+from offload.generation.sampling import Sampler, stop_ids
 from offload.generation.text import Detokenizer, StopStrings
-from offload.live import LiveView, Recording, current_settings, name_choices, save_file
+from offload.learning import check_earlier
+from offload.live import LiveMethods, LiveView, Recording, Watched, save_file
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
+from offload.memory.work import Work
 from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
@@ -40,12 +43,15 @@ from offload.model.kv_cache import KVState
 from offload.model.prefetchers import Prefetcher, make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.transformers_api import ExpertsModule
-from offload.protocol import Message, OnLoad
+from offload.model.work import model_work
+from offload.protocol import Message, OnLoad, PreparedRow, TakeRow
 
 _SCORED_LOGITS_BYTES = 32 * 2**20
 """Most logits that one forward pass of :meth:`Engine.score` makes. The plan counts those of one position: these live on
 its margin, and on what a pass of fewer tokens leaves of its activations."""
 _SCORED_PIECE_BYTES = 2 * 2**20
+SEED_TOKENS = 8
+"""So many last tokens of a prompt tell the expert cache what decoding is likely to use."""
 
 
 def open_engine(settings: EngineSettings, on_event: OnLoad) -> Engine:
@@ -55,8 +61,10 @@ def open_engine(settings: EngineSettings, on_event: OnLoad) -> Engine:
     """
     from offload.opening import open_model
 
+    if settings.learn_from and settings.cache_log is not None:
+        raise UsageError("--cache-log cannot be combined with --learn-from: a log must hold all that the cache knew")
     try:
-        make_policy(settings.policy, PolicyContext(settings.scope))
+        make_policy(settings.policy, PolicyContext(settings.scope, training=check_earlier(settings.learn_from)))
     except PolicyError as error:
         raise UsageError(f"--policy: {error}") from error
     return Engine(**open_model(settings, on_event))
@@ -69,7 +77,7 @@ def plan_model(settings: EngineSettings, on_event: OnLoad) -> Plan:
     return plan_only(settings, on_event)
 
 
-class Engine:
+class Engine(LiveMethods):
     """One loaded model with one conversation's KV cache. Implements :class:`offload.protocol.BenchEngine` and
     :class:`offload.protocol.LiveEngine`."""
 
@@ -101,8 +109,7 @@ class Engine:
         self._lane = lane
         self._file = file
         self._arena = arena
-        self._live = live
-        self._recording = Recording(runtime, new_recorder)
+        super().__init__(live, Recording(runtime, new_recorder))
         self._modules = modules
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
@@ -114,7 +121,7 @@ class Engine:
         self._seed: int | None = None
         self._requests = self._forwards = 0
         self._closed = False
-        self._stop_ids = _stop_ids(generation_config, encoder.eos_id)
+        self._stop_ids = stop_ids(generation_config, encoder.eos_id)
         accepted = inspect.signature(model.forward).parameters
         self._forward_options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._vocabulary: int = model.config.get_text_config().vocab_size
@@ -148,18 +155,34 @@ class Engine:
 
     def generate_ids(self, ids: Sequence[int], sampling: SamplingSettings) -> Iterator[Event]:
         """See :meth:`offload.protocol.BenchEngine.generate_ids`. The ids are checked before this returns."""
-        ids = self._checked(ids)
-        if len(ids) >= self.context_tokens:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens, but the context holds {self.context_tokens} with at least one new "
-                "token; shorten it or give a larger --ctx",
-                len(ids),
-                self.context_tokens,
-            )
+        ids = self._fitting(ids)
         sampler = Sampler(sampling, self._defaults)
         self._seed = sampler.seed
         self._runtime.cancelled.clear()
         return self._generate(ids, sampler, sampling)
+
+    def work(self) -> Work:
+        """See :meth:`offload.protocol.BenchEngine.work`."""
+        return model_work(self._model, self._plan.sizes, len(self._modules), self._labels)
+
+    @property
+    def rows_at_once(self) -> int:
+        return self._plan.sizes.rows
+
+    def prepare(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> PreparedRow:
+        """See :meth:`offload.protocol.RowEngine.prepare`."""
+        return PreparedRow(tuple(self._fitting(self._encoder.encode(prompt))), sampling)
+
+    def generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
+        """See :meth:`offload.protocol.RowEngine.generate_rows`. Forgets the conversation.
+
+        Raises UsageError if the engine was opened for one row at a time.
+        """
+        if self.rows_at_once == 1:
+            raise UsageError("this engine answers one row at a time; open it with a larger --batch-size")
+        self.reset()
+        self._runtime.cancelled.clear()
+        return self._generate_rows(take)
 
     def cancel(self) -> None:
         self._runtime.cancelled.set()
@@ -210,28 +233,27 @@ class Engine:
         self._kv.reset()
 
     def stats(self) -> RunStats:
-        return run_stats(self._session, self._labels, self._plan, self._seed)
+        return run_stats(self._so_far(), self._labels, self._plan, self._seed)
 
     def lap(self) -> RunStats:
         """See :meth:`offload.protocol.BenchEngine.lap`."""
+        now = self._so_far()
+        part, self._lap = now.since(self._lap), now
+        return run_stats(part, self._labels, self._plan, self._seed)
+
+    def _so_far(self) -> Tally:
+        """Sums since the opening, the running generation included."""
         now = Tally()
         now.add(self._session)
         if self._meter is not None:
             now.add(self._meter.read())
-        part, self._lap = now.since(self._lap), now
-        return run_stats(part, self._labels, self._plan, self._seed)
+        return now
 
-    def snapshot(self) -> CacheSnapshot:
-        """See :meth:`offload.protocol.LiveEngine.snapshot`."""
-        sums = Tally()
+    def _watched(self) -> Watched:
         with self._live.lock:
-            sums.add(self._session)
-            if (meter := self._meter) is not None:
-                sums.add(meter.peek())
+            sums = self._session.plus(self._meter.peek() if self._meter is not None else Tally())
         stats = run_stats(sums, self._labels, self._plan, self._seed)
-        current = current_settings(self._settings, self._plan.residency, self._plan.budget)
-        latest = sums.first_token_seconds[-1] if sums.first_token_seconds else None
-        return self._live.snapshot(stats, latest, len(self._kv.tokens), current)
+        return Watched(sums, stats, len(self._kv.tokens), self._plan, self._settings)
 
     def change(self, changes: LiveChanges) -> None:
         """See :meth:`offload.protocol.LiveEngine.change`."""
@@ -242,18 +264,6 @@ class Engine:
         self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher)
         now = self._settings
         self._labels = dataclasses.replace(self._labels, policy=now.policy, scope=now.scope, prefetch=now.prefetch)
-
-    @property
-    def choices(self) -> Mapping[str, Sequence[str]]:
-        return name_choices()
-
-    def start_trace(self) -> None:
-        """See :meth:`offload.protocol.LiveEngine.start_trace`."""
-        self._recording.start()
-
-    def stop_trace(self, path: Path) -> int:
-        """See :meth:`offload.protocol.LiveEngine.stop_trace`."""
-        return self._recording.stop(path)
 
     def rss_bytes(self) -> int:
         return rss_bytes()
@@ -338,9 +348,9 @@ class Engine:
         for start in range(reused, len(ids), self._prefill_chunk):
             part = ids[start : start + self._prefill_chunk]
             began = time.perf_counter()
-            logits = self._forward(part, decode=False)[-1]
-            tally.prefill_seconds += time.perf_counter() - began
-            tally.prefilled_tokens += len(part)
+            recent = range(max(0, len(part) - SEED_TOKENS), len(part)) if start + len(part) == len(ids) else ()
+            logits = self._forward(part, decode=False, recent=recent)[-1]
+            tally.count_pass(time.perf_counter() - began, [len(part)], decode=False)
             yield PrefillProgress(start + len(part), len(ids), reused)
         return logits
 
@@ -349,11 +359,20 @@ class Engine:
         began = time.perf_counter()
         with self._decoding:
             logits = self._forward([token], decode=True)[-1]
-        seconds = time.perf_counter() - began
+        tally.count_pass(seconds := time.perf_counter() - began, [1], decode=True)
         self._live.end_token(seconds)
-        tally.decode_seconds += seconds
-        tally.decode_steps += 1
         return logits
+
+    def _generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
+        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
+        passes = RowPasses(
+            self._model, self._runtime, self._plan, meter, self._prefill_chunk, self._requests, self._forwards
+        )
+        try:
+            yield from passes.run(take, self._encoder.tokenizer, self._stop_ids, self._defaults)
+        finally:
+            self._requests, self._forwards = passes.requests, passes.forwards
+            self._close_meter(meter)
 
     def _score(self, ids: list[int]) -> Iterator[torch.Tensor]:
         """The pieces of :meth:`score`."""
@@ -367,8 +386,7 @@ class Engine:
                 part = ids[start : start + self._score_chunk]
                 began = time.perf_counter()
                 logits = self._forward(part, decode=False, all_positions=True)
-                meter.tally.prefill_seconds += time.perf_counter() - began
-                meter.tally.prefilled_tokens += len(part)
+                meter.tally.count_pass(time.perf_counter() - began, [len(part)], decode=False)
                 for piece in logits.split(rows):
                     yield piece.to("cpu", torch.float32, copy=True)  # a view would keep all of them
                 del logits, piece  # before the next pass makes its own
@@ -384,6 +402,18 @@ class Engine:
             raise UsageError(f"the prompt has token ids outside of the vocabulary (0 to {self._vocabulary - 1})")
         return list(ids)
 
+    def _fitting(self, ids: Sequence[int]) -> list[int]:
+        """``ids`` as a list. Raises UsageError as :meth:`_checked` does, ContextError if they do not fit."""
+        ids = self._checked(ids)
+        if len(ids) >= self.context_tokens:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens, but the context holds {self.context_tokens} with at least one new "
+                "token; shorten it or give a larger --ctx",
+                len(ids),
+                self.context_tokens,
+            )
+        return ids
+
     def _close_meter(self, meter: Meter) -> None:
         with self._live.lock:
             self._session.add(meter.read())
@@ -391,13 +421,18 @@ class Engine:
                 self._meter = None
 
     @torch.inference_mode()
-    def _forward(self, tokens: list[int], *, decode: bool, all_positions: bool = False) -> torch.Tensor:
+    def _forward(
+        self, tokens: list[int], *, decode: bool, all_positions: bool = False, recent: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Run ``tokens`` on top of the KV cache; returns logits [n, V] that end with the last position's.
 
-        ``all_positions``: those of all tokens. On any error the KV cache forgets what this pass added.
+        ``all_positions``: those of all tokens. ``recent``: places of the tokens that say what comes next. On any error
+        the KV cache forgets what this pass added.
         """
         self._forwards += 1
-        self._runtime.current = ForwardPass(self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode)
+        self._runtime.current = ForwardPass(
+            self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode, recent=[(token,) for token in recent]
+        )
         try:
             output = self._model(
                 input_ids=torch.tensor([tokens], device=self._model.device),
@@ -411,11 +446,3 @@ class Engine:
         self._kv.tokens += tokens
         logits: torch.Tensor = output.logits[0]
         return logits
-
-
-def _stop_ids(config: GenerationConfig, tokenizer_eos: int | None) -> frozenset[int]:
-    ids = config.eos_token_id
-    found = {ids} if isinstance(ids, int) else set(ids or ())
-    if not found and tokenizer_eos is not None:
-        found = {tokenizer_eos}
-    return frozenset(found)

@@ -73,9 +73,14 @@ class ExpertStats:
 
 @dataclass(frozen=True, slots=True)
 class ByteStats:
+    """``needed`` are the bytes of the distinct records that forward passes took and that were not held when the pass
+    began: what had to be read.
+    """
+
     disk_read: int
     host_to_device: int | None
     per_decode_token: float | None
+    needed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,8 @@ class RunStats:
     """Statistics of one generation or of a whole session. Field names are those of ``--stats-json``.
 
     ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
-    first token.
+    first token. ``shared_prompt_tokens`` of the ``prompt_tokens`` were copied from another row of a batch;
+    ``decode_passes`` are the forward passes in which rows only decoded; ``prefill_passes`` ran ``prefilled_tokens``.
     """
 
     model: str
@@ -128,6 +134,10 @@ class RunStats:
     bytes: ByteStats
     seconds: SecondStats
     memory: MemoryStats
+    shared_prompt_tokens: int = 0
+    decode_passes: int = 0
+    prefill_passes: int = 0
+    prefilled_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``--stats-json`` writes."""
@@ -150,17 +160,26 @@ Event = PrefillProgress | Token | Done
 
 
 @dataclass(frozen=True, slots=True)
-class BatchProgress:
-    """Where a batch stands. ``rows_done`` of ``rows_total`` (None: not known) have their output row, rows of an
-    earlier run included; ``row_tokens`` are those of the row now running. The rates are those of the session."""
+class RowsPass:
+    """One forward pass over the rows of a batch is done: so many rows are in flight, with so many new tokens."""
 
-    rows_done: int
-    rows_total: int | None
-    errors: int
+    running: int
     new_tokens: int
-    row_tokens: int
-    tokens_per_s: float | None
-    hit_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RowDone:
+    """The end of one row of a batch; ``row`` counts the rows in the order in which they were taken."""
+
+    row: int
+    reason: FinishReason
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    error: str | None = None
+
+
+RowEvent = RowsPass | RowDone
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +235,25 @@ class LiveChanges:
     residency: float | None = None
     ram: int | None = None
     miss: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProgress:
+    """Where a batch stands. ``rows_done`` of ``rows_total`` (None: not known) have their output row, rows of an
+    earlier run included; ``row_tokens`` are the new tokens of the ``running`` rows. ``tokens_per_s`` is that of the
+    run, prompts' time included; the hit rate and the bytes read for each new token are those of the session.
+    """
+
+    rows_done: int
+    rows_total: int | None
+    errors: int
+    new_tokens: int
+    row_tokens: int
+    tokens_per_s: float | None
+    hit_rate: float | None
+    running: int = 0
+    bytes_per_token: float | None = None
+    eta_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,11 +55,14 @@ def _packed(pack: PackInfo) -> ModelChoice:
     return ModelChoice(pack.model, "pack", pack.format, pack.bytes, f"{pack.experts} experts")
 
 
-def write_stats(engine: ChatEngine, path: Path | None) -> None:
-    """Write the session's statistics to ``path``, if there is one. Raises RunLocalError if it cannot be written."""
+def write_stats(engine: ChatEngine, path: Path | None, further: Mapping[str, object] | None = None) -> None:
+    """Write the session's statistics to ``path``, if there is one, with what ``further`` holds.
+
+    Raises RunLocalError if it cannot be written.
+    """
     if path is None:
         return
-    text = json.dumps(engine.stats().to_json(), ensure_ascii=False, indent=2) + "\n"
+    text = json.dumps({**engine.stats().to_json(), **(further or {})}, ensure_ascii=False, indent=2) + "\n"
     try:
         path.write_text(text, "utf-8")
     except OSError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cache.expert_cache import SlotState
@@ -14,11 +16,24 @@ from cache.usage import ExpertUsage
 from offload.config import PREFETCHES, SCOPES, EngineSettings
 from offload.errors import RunLocalError, UsageError
 from offload.events import CacheSnapshot, ExpertState, LiveChanges, RunStats, TierUse, TokenSample
+from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
+from offload.meter import Tally
 from offload.model.experts import ExpertRuntime
 
 RECENT_TOKENS = 64
 _STATES = {SlotState.LOADING: ExpertState.LOADING, SlotState.READY: ExpertState.READY}
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What an engine adds to a snapshot: its sums and statistics, the running generation included."""
+
+    sums: Tally
+    stats: RunStats
+    context_used: int
+    plan: Plan
+    settings: EngineSettings
 
 
 class LiveView:
@@ -41,7 +56,7 @@ class LiveView:
         hits, pending, misses, read, stalled = (after - before for after, before in zip(now, self._before, strict=True))
         self._recent.append(TokenSample(int(hits), int(pending), int(misses), int(read), seconds, stalled))
 
-    def snapshot(self, stats: RunStats, ttft_s: float | None, context_used: int, current: LiveChanges) -> CacheSnapshot:
+    def snapshot(self, now: Watched) -> CacheSnapshot:
         """See :class:`offload.events.CacheSnapshot`."""
         usage, cache = self._usage, self._runtime.cache
         rows = {layer: bytearray(len(row)) for layer, row in zip(usage.layers, usage.hits, strict=True)}
@@ -56,14 +71,14 @@ class LiveView:
             hits=tuple(row[:] for row in usage.hits),
             misses=tuple(row[:] for row in usage.misses),
             forward=usage.forward,
-            tiers=(TierUse("RAM", len(occupied), cache.slots, stats.experts.hits),),
+            tiers=(TierUse("RAM", len(occupied), cache.slots, now.stats.experts.hits),),
             recent=tuple(self._recent),
-            stats=stats,
-            ttft_s=ttft_s,
-            context_used=context_used,
+            stats=now.stats,
+            ttft_s=now.sums.first_token_seconds[-1] if now.sums.first_token_seconds else None,
+            context_used=now.context_used,
             rss_bytes=rss_bytes(),
             vram_bytes=None,
-            current=current,
+            current=_current(now.settings, now.plan),
         )
 
     def _sums(self) -> tuple[float, ...]:
@@ -105,13 +120,41 @@ def save_file(save: Callable[[Path], None], path: Path, source: str = "") -> Non
         raise RunLocalError(f"{source}{path} cannot be written ({error.strerror or error})") from error
 
 
-def name_choices() -> Mapping[str, Sequence[str]]:
-    """The names that :class:`LiveChanges` may hold."""
-    return {"policy": runtime_policies(), "scope": SCOPES, "prefetch": PREFETCHES}
+class LiveMethods(ABC):
+    """The part of :class:`offload.protocol.LiveEngine` that only watches: an engine inherits it."""
+
+    def __init__(self, live: LiveView, recording: Recording) -> None:
+        self._live = live
+        self._recording = recording
+
+    @abstractmethod
+    def _watched(self) -> Watched:
+        """Called from other threads."""
+
+    def snapshot(self) -> CacheSnapshot:
+        """See :meth:`offload.protocol.LiveEngine.snapshot`."""
+        return self._live.snapshot(self._watched())
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[str]]:
+        """See :attr:`offload.protocol.LiveEngine.choices`."""
+        return {"policy": runtime_policies(), "scope": SCOPES, "prefetch": PREFETCHES}
+
+    def start_trace(self) -> None:
+        """See :meth:`offload.protocol.LiveEngine.start_trace`."""
+        self._recording.start()
+
+    def stop_trace(self, path: Path) -> int:
+        """See :meth:`offload.protocol.LiveEngine.stop_trace`."""
+        return self._recording.stop(path)
 
 
-def current_settings(settings: EngineSettings, residency: float, ram: int) -> LiveChanges:
+def _current(settings: EngineSettings, plan: Plan) -> LiveChanges:
     """The settings of an engine as :class:`LiveChanges` names them."""
     return LiveChanges(
-        policy=settings.policy, scope=settings.scope, prefetch=settings.prefetch, residency=residency, ram=ram
+        policy=settings.policy,
+        scope=settings.scope,
+        prefetch=settings.prefetch,
+        residency=plan.residency,
+        ram=plan.budget,
     )

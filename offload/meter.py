@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import psutil
@@ -18,12 +19,20 @@ from offload.model.experts import ExpertRuntime
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over one generation or a session. Seconds are wall time; ``decode_steps`` are forward passes."""
+    """Sums over one generation or a session. Seconds are wall time.
+
+    ``decode_steps`` are tokens that decoding ran, in ``decode_passes`` forward passes. A pass of a batch in which some
+    rows read their prompts counts as prefill, with all its tokens.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefilled_tokens: int = 0
     decode_steps: int = 0
+    decode_passes: int = 0
+    prefill_passes: int = 0
+    needed_bytes: int = 0
+    shared_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -45,6 +54,28 @@ class Tally:
     def add(self, other: Tally) -> None:
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    def plus(self, other: Tally) -> Tally:
+        """Both together, as a copy."""
+        both = Tally()
+        both.add(self)
+        both.add(other)
+        return both
+
+    def count_pass(self, seconds: float, tokens: Sequence[int], decode: bool) -> None:
+        """A forward pass over ``tokens`` of each row took ``seconds``."""
+        if decode:
+            self.decode_seconds += seconds
+            self.decode_steps += sum(tokens)
+            self.decode_passes += 1
+        else:
+            self.prefill_seconds += seconds
+            self.prefilled_tokens += sum(tokens)
+            self.prefill_passes += 1
+
+    def count_shared(self, tokens: int) -> None:
+        """So many tokens of a prompt were copied from another row."""
+        self.shared_tokens += tokens
 
     def since(self, earlier: Tally) -> Tally:
         """What came on top of ``earlier``, a copy of these sums from before."""
@@ -78,8 +109,7 @@ class Meter:
 
     def peek(self) -> Tally:
         """As :meth:`read`, but a copy: for other threads."""
-        now = Tally()
-        now.add(self.tally)
+        now = self.tally.plus(Tally())
         for name, value in self._counters().items():
             setattr(now, name, value - self._before[name])
         now.total_seconds = time.perf_counter() - self._started
@@ -98,6 +128,7 @@ class Meter:
             "disk_seconds": self._lane.busy_seconds(),
             "prefill_bytes": transfers.prefill_bytes,
             "decode_bytes": transfers.decode_bytes,
+            "needed_bytes": transfers.needed_bytes,
             "prefetched": transfers.prefetched,
             "prefetch_used": transfers.prefetch_used,
             "events": transfers.events,
@@ -154,6 +185,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
             disk_read=tally.prefill_bytes + tally.decode_bytes,
             host_to_device=None,
             per_decode_token=_ratio(tally.decode_bytes, tally.decode_steps),
+            needed=tally.needed_bytes,
         ),
         seconds=SecondStats(
             compute=tally.total_seconds - tally.stall_seconds,
@@ -170,6 +202,10 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
             expert_slots=plan.slots,
             residency=plan.residency,
         ),
+        shared_prompt_tokens=tally.shared_tokens,
+        decode_passes=tally.decode_passes,
+        prefill_passes=tally.prefill_passes,
+        prefilled_tokens=tally.prefilled_tokens,
     )
 
 

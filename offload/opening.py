@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,41 @@ from offload.checkpoint.dense_file import ensure_dense
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.hub import ResolvedModel
-from offload.checkpoint.library import ensure_pack
+from offload.checkpoint.library import OnEvent, ensure_pack
+from offload.checkpoint.model_folder import side_folder
+from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import crossover
+from offload.compute.calibration import load as load_calibration
 from offload.compute.choose import expert_compute
+from offload.compute.decoded import decode_bytes
 from offload.compute.kernels import load_kernels
+from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import get_device
-from offload.errors import ModelError, UsageError
+from offload.errors import BudgetError, ModelError, UsageError
 from offload.events import LoadProgress, Notice, Planned
+from offload.learning import earlier_events
 from offload.live import LiveView
-from offload.memory.activations import activation_bytes, staged_bytes
+from offload.memory.activations import activation_bytes, experts_per_token, row_bytes, staged_bytes
 from offload.memory.lanes import DiskLane
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
+from offload.memory.rows import CANDIDATES, DISK_BYTES_PER_S, MEMORY_BYTES_PER_S, GainCurve
 from offload.meter import RunLabels, seconds_since_process_start
 from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
-from offload.model.kv_cache import kv_cache_bytes
+from offload.model.kv_cache import kv_row_memory, new_kv_cache
 from offload.model.norms import fuse_norms
+from offload.model.packed import can_pack
 from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
+from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
 from offload.protocol import OnLoad
@@ -60,6 +70,7 @@ def plan_only(settings: EngineSettings, on_event: OnLoad) -> Plan:
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
+    _say_quantised(settings, resolved.name, source, on_event)
     return _plan(settings, resolved, source)
 
 
@@ -75,10 +86,13 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         )
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
+    _say_quantised(settings, resolved.name, source, on_event)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
     plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
     on_event(Planned(tuple(plan.summary()), tuple(plan.rows())))
+    if settings.batch_rows != 1 and not can_pack(source.model, new_kv_cache(source.config, 1)):
+        on_event(Notice(f"rows of {source.config.model_type} models do not share forward passes; they run one by one"))
     if _demo_residency(settings):
         on_event(
             Notice(
@@ -86,7 +100,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
                 "the cache has something to do (--residency 1 holds all)"
             )
         )
-    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME:
+    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME and source.method is None:
         on_event(
             Notice(
                 f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
@@ -103,6 +117,9 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         if settings.verify:
             file.verify(on_event)
         modules = source.experts
+        numbers = [module.layer for module in modules]
+        most_experts = max(module.num_experts for module in modules)
+        earlier = earlier_events(settings.learn_from, numbers, most_experts)
         dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
         model = load_skeleton(source, device.torch_device, on_event, dense, products)
         if _quantised(settings):
@@ -115,23 +132,25 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
         undo.pop_all()
     lane = DiskLane(file, settings.read_workers)
-    numbers = [module.layer for module in modules]
-    most_experts = max(module.num_experts for module in modules)
     setup = CacheSetup(settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0)
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
-        cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers())
+        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers(), setup.fill)
     text = model.config.get_text_config()
-    top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
 
-    def new_recorder() -> TraceRecorder:
-        return TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0))
+    def new_recorder(folder: Path | None = None) -> TraceRecorder:
+        top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
+        made = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0), folder)
+        parts = plan.to_json()["bytes"]
+        resident = sum(size for name, size in parts.items() if name not in ("expert_slots", "unused"))
+        made.add_meta(format=settings.format, expert_bytes=plan.sizes.slot_bytes, resident_bytes=resident)
+        return made
 
+    recorder = new_recorder(settings.trace_out.parent) if settings.trace_out is not None else None
     weight_format = get_format(settings.format)
-    predictor = make_prefetcher(settings.prefetch, model, modules)
-    compute = expert_compute(weight_format, products)
-    recorder = new_recorder() if settings.trace_out is not None else None
+    predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
+    compute = expert_compute(weight_format, products, _decoders(settings, source, on_event))
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
     runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor, usage)
     runtime.attach(modules)
@@ -166,7 +185,19 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     }
 
 
-def _products(settings: EngineSettings, on_event: OnLoad) -> Products:
+def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource, on_event: OnEvent) -> None:
+    """What becomes of the weights of a quantised checkpoint."""
+    if source.method is None:
+        return
+    experts = "stay as published" if settings.format == "native" else f"are packed as {settings.format}"
+    dtype = str(source.dtype).removeprefix("torch.")
+    rest = f"the other weights are held in {dtype} (--dense-format int8 makes them smaller)"
+    if settings.dense_format != "native":
+        rest = f"the other matrices are held in {settings.dense_format}"
+    on_event(Notice(f"{name} is quantised ({source.method.name}): its experts {experts}, {rest}"))
+
+
+def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
     """What multiplies quantised weights; compiles the kernels if this machine has none yet."""
     if settings.kernels == "torch" or not _quantised(settings):
         return Products(None, 0)
@@ -178,6 +209,17 @@ def _products(settings: EngineSettings, on_event: OnLoad) -> Products:
     return Products(kernels, crossover(kernels, on_event))
 
 
+def _decoders(settings: EngineSettings, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
+    """What decodes packed weights; compiled if this machine has none yet."""
+    if settings.kernels == "torch" or source.method is None or settings.format != "native":
+        return None
+
+    def failed(why: str) -> None:
+        on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
+
+    return load_decoders(failed)
+
+
 def _quantised(settings: EngineSettings) -> bool:
     return (settings.format, settings.dense_format) != ("native", "native")
 
@@ -185,32 +227,80 @@ def _quantised(settings: EngineSettings) -> bool:
 def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointSource) -> Plan:
     context = _context_tokens(settings, source)
     weight_format = get_format(settings.format)
-    itemsize = source.dtype.itemsize
     chunk = context if needs_whole_prompts(source.model.config.model_type) else settings.prefill_chunk
-    eager = attends_eagerly(source.model)
     sizes = ModelSizes(
         skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
-        kv_bytes=kv_cache_bytes(source.model, context),
-        activation_bytes=activation_bytes(source.config, itemsize, context, chunk, eager)
-        + (DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk) if _quantised(settings) else 0),
-        slot_bytes=max(
-            weight_format.layout(module.tensors, module.transposed).record_bytes for module in source.experts
-        ),
+        kv_bytes=0,
+        activation_bytes=0,
+        slot_bytes=max(record_layout(source, module, weight_format).record_bytes for module in source.experts),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
+        row_memory=kv_row_memory(source.model, context),
     )
     release_free_memory()
     now = process_memory()
-    residency = _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency
-    return make_plan(
-        resolved.name,
-        get_device(settings.device).name,
-        sizes,
-        Baseline(now.anonymous, now.file),
-        available_memory(),
-        settings.ram,
-        residency,
+    available = available_memory()
+    row_tokens = min(context, whole_blocks_of(settings.row_tokens or context))
+
+    def plan(rows: int) -> Plan:
+        held = max(sizes.row_memory.bytes(context), rows * sizes.row_memory.bytes(row_tokens))
+        return make_plan(
+            resolved.name,
+            get_device(settings.device).name,
+            replace(
+                sizes,
+                rows=rows,
+                kv_bytes=held,
+                activation_bytes=_activations(settings, source, context, chunk, rows, held),
+            ),
+            Baseline(now.anonymous, now.file),
+            available,
+            settings.ram,
+            _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency,
+        )
+
+    if settings.batch_rows == 1 or not can_pack(source.model, new_kv_cache(source.config, 1)):
+        return plan(1)
+    if settings.batch_rows is not None:
+        return plan(settings.batch_rows)
+    plans = {1: plan(1)}
+    for rows in CANDIDATES[1:]:
+        with contextlib.suppress(BudgetError):
+            plans[rows] = plan(rows)
+    return plans[_gain_curve(source, sizes).choose({rows: found.slots for rows, found in plans.items()})]
+
+
+def _gain_curve(source: CheckpointSource, sizes: ModelSizes) -> GainCurve:
+    """At the rates of this machine, if it was measured."""
+    layers = len(source.experts)
+    measured = load_calibration()
+    return GainCurve(
+        layers,
+        sizes.num_experts / layers,
+        experts_per_token(source.config),
+        sizes.slot_bytes,
+        sizes.skeleton_bytes,
+        (measured and measured.disk_bytes_per_s) or DISK_BYTES_PER_S,
+        (measured and measured.memory_bytes_per_s) or MEMORY_BYTES_PER_S,
     )
+
+
+def _activations(
+    settings: EngineSettings, source: CheckpointSource, context: int, chunk: int, rows: int, kv_bytes: int
+) -> int:
+    """The peak inside a forward pass of ``rows`` rows, whose caches take ``kv_bytes`` together."""
+    itemsize = source.dtype.itemsize
+    chunk = max(chunk, rows)
+    size = activation_bytes(source.config, itemsize, context, chunk, attends_eagerly(source.model))
+    if _quantised(settings):
+        size += DECODE_BYTES + staged_bytes(source.config, itemsize, context, chunk)
+    if source.method and get_format(settings.format).published:
+        size += decode_bytes(_expert_shapes(source), itemsize)
+    return size + (row_bytes(source.config, itemsize, context, rows, kv_bytes) if rows > 1 else 0)
+
+
+def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:
+    return [shape for module in source.experts for shape, _ in module.tensors.values()]
 
 
 def _demo_residency(settings: EngineSettings) -> bool:
@@ -229,11 +319,11 @@ def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:
 
 def _generation_config(folder: Path, source: CheckpointSource) -> GenerationConfig:
     """The checkpoint's own defaults. Raises ModelError if they cannot be read."""
-    path = folder / "generation_config.json"
+    path = side_folder(folder) / "generation_config.json"
     if not path.exists():
         return GenerationConfig.from_model_config(source.model.config)
     try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be used ({reason}); mend it, or remove it to do without") from error

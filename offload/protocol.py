@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from offload.config import EngineSettings, SamplingSettings
-from offload.events import CacheSnapshot, Event, LiveChanges, LoadProgress, Notice, Planned, RunStats
+from offload.events import CacheSnapshot, Event, LiveChanges, LoadProgress, Notice, Planned, RowEvent, RunStats
+from offload.memory.work import Work
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -53,6 +54,45 @@ class ChatEngine(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedRow:
+    """One row of a batch as it will run: the ids of its prompt, which fit the context, and how to go on."""
+
+    ids: tuple[int, ...]
+    sampling: SamplingSettings
+
+    def most_tokens(self, context: int) -> int:
+        """Tokens of prompt and answer together, if nothing ends the answer early."""
+        return min(context, len(self.ids) + self.sampling.max_new_tokens)
+
+
+TakeRow = Callable[[int], PreparedRow | None]
+"""Asked for the next row, of at most so many tokens; None: there is none, or none that fits now."""
+
+
+@runtime_checkable
+class RowEngine(Protocol):
+    """An engine that answers many rows at once. Its rows share forward passes, and nothing else."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows share a pass; 1 where the model or the settings allow no more."""
+        ...
+
+    def prepare(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> PreparedRow:
+        """Check and encode a row. Raises ``ContextError`` and ``UsageError`` as ``generate`` does."""
+        ...
+
+    def generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
+        """Answer the rows that ``take`` gives whenever there is room for one; it ends when there is none and nothing is
+        in flight. With nothing in flight there is room for any.
+
+        Yields a ``RowsPass`` after each forward pass and one ``RowDone`` for each row that was taken, as it ends.
+        ``cancel`` ends all rows in flight with reason "cancelled", and takes no other.
+        """
+        ...
+
+
 class BenchEngine(ChatEngine, Protocol):
     """What measuring takes beside chatting."""
 
@@ -62,6 +102,10 @@ class BenchEngine(ChatEngine, Protocol):
         Raises (before the first event): ``ContextError`` if the ids do not fit, ``UsageError`` if there are none or one
         is not in the vocabulary.
         """
+        ...
+
+    def work(self) -> Work:
+        """What a forward pass of this model has to do."""
         ...
 
     def ordinary_ids(self) -> list[int]:

@@ -22,6 +22,8 @@ os.environ.pop("HF_TOKEN", None)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The user's own config.toml and presets are none of the tests' business.
+os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "config")
 # What is made once for a machine (compiled kernels, calibration) is kept between runs, but not in the user's own cache.
 _USER_CACHE = cache_folder()
 os.environ.setdefault("RUN_LOCAL_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "run-local"))

@@ -233,8 +233,9 @@ def test_statistics_are_true_sums(engine: Engine) -> None:
     assert stats.memory.expert_slots == 16 and stats.memory.residency == 0.5
     assert (read.host_to_device, stats.seconds.stall_link, stats.memory.vram_peak_bytes) == (None, None, None)
     assert set(stats.to_json()) == {
-        "model", "device", "format", "dense_format", "policy", "prefetch", "seed", "prompt_tokens", "new_tokens",
-        "start_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds", "memory",
+        "model", "device", "format", "dense_format", "policy", "scope", "prefetch", "seed", "prompt_tokens",
+        "new_tokens", "start_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds", "memory",
+        "prefilled_tokens", "prefill_passes", "decode_passes", "shared_prompt_tokens",
     }  # fmt: skip
     json.dumps(stats.to_json(), allow_nan=False)
 
@@ -264,7 +265,9 @@ def test_the_trace_has_every_token_of_every_layer_once(checkpoint: Path, packs: 
         counters = engine._runtime.cache.counters
         events = counters.prefill.accesses + counters.decode.accesses
     trace = load_trace(path)
-    assert trace.meta == {"model": checkpoint.name, "layers": 4, "experts": 8, "top_k": 2}
+    known = {"model": checkpoint.name, "layers": 4, "experts": 8, "top_k": 2, "format": "native"}
+    assert trace.meta.items() >= known.items()
+    assert trace.meta["expert_bytes"] > 0 and trace.meta["resident_bytes"] > 2**20
     for request, done in enumerate(dones):
         for layer in range(4):
             steps = trace.step[(trace.request == request) & (trace.layer == layer)]

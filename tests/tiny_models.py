@@ -120,13 +120,18 @@ _TOKENIZER_TEXT = (
 )
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The config of a tiny ``model_type``: 4 layers, hidden size 64, 8 experts of which 2 are picked (``zaya``: 1)."""
+def tiny_config(model_type: str, sizes: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """The config of a tiny ``model_type``: 4 layers, hidden size 64, 8 experts of which 2 are picked (``zaya``: 1).
+
+    ``sizes`` replaces fields of the text config.
+    """
     whole = CONFIG_MAPPING[model_type]
     parts = whole.sub_configs if model_type in _VISION else None
     text_class = parts["text_config"] if parts else whole
     known = {field.name for field in fields(text_class)} | set(text_class.attribute_map)
-    text = text_class(**{key: value for key, value in _COMMON.items() if key in known} | _OWN[model_type])
+    text = text_class(
+        **{key: value for key, value in _COMMON.items() if key in known} | _OWN[model_type] | (sizes or {})
+    )
     if parts is None:
         return text
     return whole(
@@ -146,13 +151,15 @@ def build_tiny(
     seed: int = 0,
     max_shard_size: str = "200KB",
     tokenizer: bool = True,
+    sizes: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of random weights with stock ``save_pretrained`` and return ``folder``.
 
-    ``seed`` fixes every weight. ``max_shard_size`` is small by default, so that the checkpoint has several shards.
+    ``seed`` fixes every weight, ``sizes`` is for :func:`tiny_config`. ``max_shard_size`` is small by default, so that
+    the checkpoint has several shards.
     With ``tokenizer`` a byte-level tokenizer of exactly ``VOCAB_SIZE`` tokens with a chat template is written too.
     """
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, sizes)
     auto = AutoModelForImageTextToText if model_type in _VISION else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

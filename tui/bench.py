@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from offload.errors import UsageError
-from tui.flags import SAMPLING_FLAGS, Flag, Parser, path, whole
+from tui.flags import SAMPLING_FLAGS, Flag, Parser, path, typed, whole
 from tui.text import check_text, decode
 
 _DEFAULTS = {
@@ -28,7 +27,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     """Register them; the values of a parsed namespace have their types."""
 
     def add(group: argparse._ArgumentGroup, name: str, parse: Parser, metavar: str, text: str) -> None:
-        group.add_argument(name, type=_typed(parse, name), metavar=metavar, help=text)
+        group.add_argument(name, type=typed(parse, name), metavar=metavar, help=text)
 
     speed = parser.add_argument_group("speed")
     add(speed, "--prompt-tokens", whole, "N", "tokens of the prompt, which are drawn at random (default: 11)")
@@ -44,7 +43,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--compare",
         action="append",
-        type=_typed(check_text, "--compare"),
+        type=typed(check_text, "--compare"),
         metavar="NAME=FLAGS",
         help="run this setting, in turns with the others, each in a process of its own; may be given several times",
     )
@@ -74,7 +73,3 @@ def read_text(file: Path) -> str:
     if not text.strip():
         raise UsageError(f"--perplexity: {file} is empty")
     return text
-
-
-def _typed(parse: Parser, name: str) -> Callable[[str], Any]:
-    return lambda text: parse(text, name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from offload.config import (
     DEFAULT_CONTEXT_TOKENS,
@@ -46,6 +46,10 @@ def number(text: str, source: str) -> float:
         raise UsageError(f"{source}: '{text}' is not a number") from None
 
 
+def whole_or_auto(text: str, source: str) -> int | None:
+    return None if text.strip().lower() == "auto" else whole(text, source)
+
+
 def size_or_auto(text: str, source: str) -> int | None:
     return None if text.strip().lower() == "auto" else parse_size(text, source)
 
@@ -63,6 +67,11 @@ def switch(text: str, source: str) -> bool:
     if value in ("0", "false", "no", "off"):
         return False
     raise UsageError(f"{source}: '{text}' is not one of 1, 0, true, false, yes, no, on, off")
+
+
+def typed(parse: Parser, name: str) -> Callable[[str], Any]:
+    """``parse`` as argparse's ``type`` of a flag that is no :class:`Flag`."""
+    return lambda text: parse(text, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +105,11 @@ class Flag:
 
 
 MODEL_FLAGS = (
-    Flag("--model", check_text, "MODEL", "folder, hub id (org/name) or 'demo' (default: demo)"),
+    Flag("--model", check_text, "MODEL", "folder, GGUF file, hub id (org/name) or 'demo' (default: demo)"),
     Flag("--revision", check_text, "REV", "branch, tag or commit of a hub model (default: main)"),
     Flag("--offline", switch, None, "never use the network; what is not on disk is an error"),
     Flag("--experts-dir", path, "DIR", "folder of packs, or one pack (default: the packs folder in the user's cache)"),
+    Flag("--preset", check_text, "NAME", "flags that 'tune --save NAME' kept; other flags win over them"),
 )
 FORMAT_FLAGS = (
     Flag("--format", check_text, "FORMAT", f"of the experts' weights: {', '.join(FORMATS)} (default: native)"),
@@ -120,6 +130,13 @@ MEMORY_FLAGS = (
 )
 RUN_FLAGS = (
     Flag("--policy", check_text, "SPEC", f"which experts stay: NAME or NAME:KEY=VALUE (default: {DEFAULT_POLICY})"),
+    Flag(
+        "--learn-from",
+        path,
+        "TRACE",
+        "a trace that policy and prefetch learn from before they start; may be given several times",
+        repeat=True,
+    ),
     Flag("--scope", check_text, "SCOPE", f"who shares slots: {' or '.join(SCOPES)} (default: {DEFAULT_SCOPE})"),
     Flag("--prefetch", check_text, "NAME", f"reads ahead of the router: {', '.join(PREFETCHES)} (default: off)"),
     Flag("--kernels", check_text, "NAME", f"products of quantised weights: {' or '.join(KERNELS)} (default: auto)"),
@@ -138,22 +155,25 @@ SAMPLING_FLAGS = (
     Flag("--stop", check_text, "TEXT", "end the answer before TEXT; may be given several times", repeat=True),
     Flag("--seed", whole, "N", "for the same answers again (default: a new one each time)"),
 )
-_ENGINE_FIELDS = {"ctx": "context_tokens"}  # where a flag and its field differ in name
-_ENGINE_FLAGS = (*MODEL_FLAGS, *FORMAT_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS)
-_FRONT_END_FLAGS = ("stats_json",)
+BATCH_FLAGS = (
+    Flag("--batch-size", whole_or_auto, "N", "rows that share each forward pass; auto (default): what fits and pays"),
+)
+ENGINE_FIELDS = {"ctx": "context_tokens", "batch_size": "batch_rows"}  # where a flag and its field differ in name
+_ENGINE_FLAGS = (*MODEL_FLAGS, *FORMAT_FLAGS, *MEMORY_FLAGS, *RUN_FLAGS, *BATCH_FLAGS)
+_FRONT_END_FLAGS = ("stats_json", "preset")
 
 
 @dataclass(frozen=True, slots=True)
 class FlagValues:
-    """Values of the shared flags that were given, by flag or by environment, and which came from a variable."""
+    """Values of the shared flags that were given, and the sources of those that were no flags, by the flags' names."""
 
     given: dict[str, Any]
-    variables: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def engine(self) -> EngineSettings:
         """Raises UsageError for values that make no sense."""
         names = {flag.dest for flag in _ENGINE_FLAGS} - set(_FRONT_END_FLAGS)
-        values = {_ENGINE_FIELDS.get(name, name): self.given[name] for name in names if name in self.given}
+        values = {ENGINE_FIELDS.get(name, name): self.given[name] for name in names if name in self.given}
         if "seed" in self.given:  # a sampling flag, which also decides what a random policy draws
             values["seed"] = self.given["seed"]
         return EngineSettings(**values)
@@ -165,16 +185,27 @@ class FlagValues:
         )
 
     def blame(self, message: str) -> str:
-        """A usage message that starts with a flag's name, naming instead the variable that the value came from."""
+        """A usage message that starts with a flag's name, naming instead the source that the value came from."""
         match = re.match(r"--[a-z-]+", message)
-        variable = self.variables.get(match.group()) if match else None
-        return variable + message[match.end() :] if match and variable else message
+        source = self.sources.get(match.group()) if match else None
+        return source + message[match.end() :] if match and source else message
 
 
-def read_flags(arguments: argparse.Namespace, flags: Iterable[Flag], environ: Mapping[str, str]) -> FlagValues:
-    """What was given for ``flags``: the flag if there is one, else its variable; an empty variable counts as unset.
+class KeptFlags(Protocol):
+    """Flags that a file holds, as :class:`tui.config_file.Kept`."""
 
-    Raises UsageError naming the flag or the variable.
+    @property
+    def texts(self) -> Mapping[str, list[str]]: ...
+
+    def named(self, dest: str) -> str: ...
+
+
+def read_flags(
+    arguments: argparse.Namespace, flags: Iterable[Flag], environ: Mapping[str, str], kept: Sequence[KeptFlags] = ()
+) -> FlagValues:
+    """What was given for ``flags``: the flag if there is one, else its variable, else what the first of ``kept`` says.
+
+    An empty variable counts as unset. Raises UsageError naming the flag or the source.
     """
     values = FlagValues({}, {})
     for flag in flags:
@@ -183,5 +214,9 @@ def read_flags(arguments: argparse.Namespace, flags: Iterable[Flag], environ: Ma
             values.given[flag.dest] = flag.read(given if flag.repeat else [given], flag.name)
         elif text := environ.get(flag.variable):
             values.given[flag.dest] = flag.read([text], flag.variable)
-            values.variables[flag.name] = flag.variable
+            values.sources[flag.name] = flag.variable
+        elif (found := next((one for one in kept if flag.dest in one.texts), None)) is not None:
+            source = found.named(flag.dest)
+            values.given[flag.dest] = flag.read(list(found.texts[flag.dest]), source)
+            values.sources[flag.name] = source
     return values

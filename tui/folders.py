@@ -8,10 +8,19 @@ from pathlib import Path
 
 def state_folder() -> Path | None:
     """``$XDG_STATE_HOME/run-local`` or ``~/.local/state/run-local``; not created. None for a user without a home."""
-    given = os.environ.get("XDG_STATE_HOME", "")
+    return _folder("XDG_STATE_HOME", ".local/state")
+
+
+def config_folder() -> Path | None:
+    """``$XDG_CONFIG_HOME/run-local`` or ``~/.config/run-local``; not created. None for a user without a home."""
+    return _folder("XDG_CONFIG_HOME", ".config")
+
+
+def _folder(variable: str, usual: str) -> Path | None:
+    given = os.environ.get(variable, "")
     if os.path.isabs(given):  # the XDG rules say to ignore a relative path
         return Path(given) / "run-local"
     try:
-        return Path.home() / ".local" / "state" / "run-local"
+        return Path.home() / usual / "run-local"
     except RuntimeError:
         return None

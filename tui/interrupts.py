@@ -1,20 +1,20 @@
-"""Ctrl-C while an answer is on its way: the first stops the answer, the second leaves."""
+"""Ctrl-C while answers are on their way."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 from offload.protocol import ChatEngine
 
 
-class CancelOnInterrupt:
-    """While entered, the first SIGINT cancels the engine's generation and the second raises KeyboardInterrupt.
+class _OnInterrupt:
+    """While entered, SIGINT calls :meth:`_on_interrupt` instead of tearing the engine out of a forward pass.
 
-    Raising at once would tear the engine out of a forward pass. Does nothing outside the main thread, or where SIGINT
-    is ignored (a shell's background job).
+    Does nothing outside the main thread, or where SIGINT is ignored (a shell's background job).
     """
 
     def __init__(self, engine: ChatEngine) -> None:
@@ -23,7 +23,7 @@ class CancelOnInterrupt:
         self._installed = False
         self.interrupted = False
 
-    def __enter__(self) -> CancelOnInterrupt:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.getsignal(signal.SIGINT)
             if self._previous is not signal.SIG_IGN:
@@ -38,6 +38,13 @@ class CancelOnInterrupt:
             signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)
             self._installed = False
 
+    def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class CancelOnInterrupt(_OnInterrupt):
+    """The first Ctrl-C cancels the engine's generation and the second raises KeyboardInterrupt."""
+
     def insist(self) -> None:
         """Cancel again after an interrupt: one that came before the generation had begun may have been lost."""
         if self.interrupted:
@@ -47,4 +54,25 @@ class CancelOnInterrupt:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+        self._engine.cancel()
+
+
+class FinishOnInterrupt(_OnInterrupt):
+    """For batches: the first Ctrl-C lets the rows in flight finish, the second cancels them, the third raises
+    KeyboardInterrupt. ``note`` shows a line after the first.
+    """
+
+    def __init__(self, engine: ChatEngine, note: Callable[[str], None]) -> None:
+        super().__init__(engine)
+        self._note = note
+        self.cancelled = False
+
+    def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.cancelled:
+            raise KeyboardInterrupt
+        if not self.interrupted:
+            self.interrupted = True
+            self._note("finishing the rows that are running; Ctrl-C again drops them")
+            return
+        self.cancelled = True
         self._engine.cancel()

@@ -1,4 +1,4 @@
-"""Files that are written at the end of a run, tried at its beginning."""
+"""Files that a command writes at its end: found out at its start whether it can."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from types import TracebackType
 
 from rich.progress import (
@@ -158,5 +159,14 @@ class BatchReporter(_Bar):
                 f"{progress.new_tokens + progress.row_tokens} tokens",
                 f"{figure(progress.tokens_per_s)} tokens/s",
                 f"hit rate {percent(progress.hit_rate)}",
+                *self._further(progress),
             )
         )
+
+    def _further(self, progress: BatchProgress) -> Iterator[str]:
+        if progress.bytes_per_token is not None:
+            yield f"read {progress.bytes_per_token / 1e6:.1f} MB a token"
+        if progress.running > 1:
+            yield f"{progress.running} rows at once"
+        if self._lines and progress.eta_s is not None:  # a bar has its own
+            yield f"{timedelta(seconds=round(progress.eta_s))} left"

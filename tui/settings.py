@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from offload.errors import UsageError
 from tui.actions import BY_NAME
+from tui.folders import config_folder
 
 THEMES = ("auto", "dark", "light", "ansi-dark", "ansi-light")
 
@@ -27,13 +27,8 @@ class LookSettings:
 
 def config_file() -> Path | None:
     """``$XDG_CONFIG_HOME/run-local/config.toml`` or that below ``~/.config``. None for a user without a home."""
-    given = os.environ.get("XDG_CONFIG_HOME", "")
-    if os.path.isabs(given):
-        return Path(given) / "run-local" / "config.toml"
-    try:
-        return Path.home() / ".config" / "run-local" / "config.toml"
-    except RuntimeError:
-        return None
+    folder = config_folder()
+    return None if folder is None else folder / "config.toml"
 
 
 def read_look(file: Path | None) -> LookSettings:

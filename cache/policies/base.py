@@ -46,6 +46,8 @@ class Policy(ABC):
     """Needs to know the future: replay and tune only."""
     all_layers: ClassVar[bool] = False
     """One object sees all layers also under the scope ``layer``, and honours the ``layer`` argument itself."""
+    learns: ClassVar[bool] = False
+    """Can learn beforehand, from :attr:`PolicyContext.training`."""
     takes: ClassVar[str | None] = None
     """The name of what follows ``NAME:`` where that is no list of parameters, such as a file."""
 

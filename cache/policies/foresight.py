@@ -46,6 +46,7 @@ class Foresight(Policy):
     """
 
     name = "foresight"
+    learns = True
     all_layers = True
 
     def __init__(

@@ -22,6 +22,7 @@ class Static(ScoredPolicy):
     name = "static"
     growing = True
     takes = "file"
+    learns = True
 
     def __init__(self, uses: Mapping[ExpertKey, float]) -> None:
         super().__init__()

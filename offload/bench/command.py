@@ -11,6 +11,7 @@ from offload.bench.request import BenchRequest, Setting, flag_name, parse_settin
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import UsageError
 from offload.events import LoadProgress, Notice
+from offload.memory.work import Rates
 
 
 class Report(Protocol):
@@ -69,7 +70,25 @@ def run_bench(request: BenchRequest, text: str | None, host: Host) -> Report:
 
     _check_context(request, host.settings)
     with host.open_engine() as engine:
-        return measure(engine, request.workload, host.sampling, request.rounds, host.on_event)
+        rates = _machine_rates(host.settings.format)
+        if rates is None:
+            host.on_event(Notice("bounds need the rates of this machine: bench --calibrate measures them"))
+        return measure(engine, request.workload, host.sampling, request.rounds, host.on_event, rates)
+
+
+def _machine_rates(weight_format: str) -> Rates | None:
+    """As ``--calibrate`` stored them; None if it did not, or a rate that this format needs is missing."""
+    from offload.compute.calibration import load
+
+    found = load()
+    if found is None:
+        return None
+    weights = found.memory_bytes_per_s if weight_format == "native" else found.int4_bytes_per_s
+    if weight_format == "int8":
+        weights = found.int8_bytes_per_s
+    if found.disk_bytes_per_s is None or weights is None or found.flops_per_s is None:
+        return None
+    return Rates(found.disk_bytes_per_s, weights, found.flops_per_s)
 
 
 def _compare(request: BenchRequest, host: Host) -> Report:

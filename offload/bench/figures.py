@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from offload.config import format_size
 from offload.events import RunStats
+from offload.memory.work import Rates, Work, bound
 
 Figures = dict[str, float | None]
 """By name, as :data:`TABLE` has them; None is what was not measured."""
@@ -53,6 +54,13 @@ TABLE: tuple[Figure, ...] = (
     Figure("decode_hit_rate", "hit rate, measured", _percent),
     Figure("disk_bytes_per_token", "read from disk per measured token", format_size),
     Figure("disk_bytes_per_s", "disk rate while a read was running", _rate),
+    Figure("prefill_s", "prefill, forward passes", _number(" s", 3)),
+    Figure("prefill_bound_s", "  the bound: reads or arithmetic alone", _number(" s", 3)),
+    Figure("prefill_to_bound", "  prefill to its bound", _number(" x")),
+    Figure("decode_bound_tokens_per_s", "decode, the bound", _number(" tokens/s")),
+    Figure("decode_to_bound", "  decode to its bound", _number(" x")),
+    Figure("prefill_read_ratio", "read of what was needed and not held, prefill", _number(" x", 3)),
+    Figure("decode_read_ratio", "read of what was needed and not held, measured", _number(" x", 3)),
     Figure("compute_calls_per_event", "kernel calls per event, measured", _number("")),
     Figure("rss_peak_bytes", "peak memory", format_size),
 )
@@ -67,6 +75,8 @@ class BenchRun:
     warmup: RunStats
     measured: RunStats
     to_first_token_s: float | None
+    work: Work | None = None
+    rates: Rates | None = None
 
     @property
     def stats(self) -> RunStats:
@@ -84,7 +94,17 @@ class BenchRun:
         total = _per_token(measured.seconds.total, tokens)
         stall = _per_token(measured.seconds.stall_disk, tokens)
         forward = None if rate is None else 1000 / rate  # one pass for each measured token
+        prefill = ratio(self.prefill.prefilled_tokens, self.prefill.prefill_tokens_per_s)
+        prefill_bound = self._bound(self.prefill, self.prefill.prefill_passes, self.prefill.prefilled_tokens)
+        decode_bound = ratio(tokens, self._bound(measured, measured.decode_passes, tokens))
         return {
+            "prefill_s": prefill,
+            "prefill_bound_s": prefill_bound,
+            "prefill_to_bound": ratio(prefill, prefill_bound),
+            "decode_bound_tokens_per_s": decode_bound,
+            "decode_to_bound": ratio(rate, decode_bound),
+            "prefill_read_ratio": ratio(self.prefill.bytes.disk_read, self.prefill.bytes.needed),
+            "decode_read_ratio": ratio(measured.bytes.disk_read, measured.bytes.needed),
             "start_s": measured.start_s,
             "process_to_first_token_s": self.to_first_token_s,
             "ttft_s": self.prefill.ttft_s,
@@ -103,6 +123,19 @@ class BenchRun:
             "compute_calls_per_event": ratio(measured.experts.compute_calls, measured.experts.events),
             "rss_peak_bytes": measured.memory.rss_peak_bytes,
         }
+
+    def _bound(self, part: RunStats, passes: int, tokens: int) -> float | None:
+        """Seconds that ``part`` takes at least; None without rates of this machine."""
+        if self.work is None or self.rates is None or part.bytes.needed is None or not passes:
+            return None
+        return bound(
+            self.work,
+            self.rates,
+            needed_bytes=part.bytes.needed,
+            passes=passes,
+            accesses=part.experts.accesses,
+            tokens=tokens,
+        ).seconds
 
 
 @dataclass(frozen=True, slots=True)

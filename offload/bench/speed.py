@@ -12,8 +12,9 @@ from offload.bench.figures import TABLE, BenchRun, spreads
 from offload.bench.request import Workload
 from offload.config import SamplingSettings
 from offload.errors import RunLocalError
-from offload.events import Done, Notice, RunStats, Token
-from offload.protocol import BenchEngine
+from offload.events import Done, Notice, RowDone, RunStats, Token
+from offload.memory.work import Rates, Work
+from offload.protocol import BenchEngine, PreparedRow, RowEngine
 
 DEFAULT_SEED = 0
 DEFAULT_TEMPERATURE = 1.0
@@ -27,6 +28,7 @@ class SpeedReport:
 
     workload: Workload
     runs: tuple[BenchRun, ...]
+    rows_at_once: int = 1
 
     @property
     def stats(self) -> RunStats:
@@ -42,6 +44,7 @@ class SpeedReport:
                 "warmup_tokens": self.workload.marked,
                 "new_tokens": self.workload.new,
                 "repeat": len(self.runs),
+                "rows_at_once": self.rows_at_once,
                 "runs": [{"seed": run.seed} | each for run, each in zip(self.runs, figures, strict=True)],
                 "summary": {name: found and asdict(found) for name, found in spreads(figures).items()},
             }
@@ -56,6 +59,8 @@ class SpeedReport:
             f"{work.prompt} prompt tokens, {work.marked} new ones to warm up, {work.new} measured; seed "
             f"{self.runs[0].seed}",
         ]
+        if self.rows_at_once > 1:
+            lines.append(f"{self.rows_at_once} rows at once, each with so many tokens")
         if len(self.runs) > 1:
             lines.append(f"{len(self.runs)} runs; the expert cache was empty before the first alone")
         return lines
@@ -81,8 +86,12 @@ def measure(
     sampling: SamplingSettings,
     repeat: int,
     on_event: Callable[[Notice], None],
+    rates: Rates | None = None,
 ) -> SpeedReport:
     """Run ``workload`` ``repeat`` times, each from an empty KV cache, on an engine that was just opened.
+
+    An engine for several rows runs as many at once, each with a prompt of its own. ``rates`` of this machine give the
+    bounds beside the times.
 
     Run ``i`` has seed ``seed + i`` for its prompt and its choices: other tokens, so that it does not find the experts
     of the run before, and the same ones under every setting. Tells of each run as it ends: a progress bar would
@@ -97,7 +106,9 @@ def measure(
     runs: list[BenchRun] = []
     for number in range(repeat):
         seed = (first_seed + number) % 2**63
-        prompt = random.Random(seed).choices(ordinary, k=workload.prompt)
+        rows = engine.rows_at_once if isinstance(engine, RowEngine) else 1
+        chance = random.Random(seed)
+        prompts = [chance.choices(ordinary, k=workload.prompt) for _ in range(rows)]
         settings = replace(
             sampling,
             temperature=DEFAULT_TEMPERATURE if sampling.temperature is None else sampling.temperature,
@@ -106,40 +117,75 @@ def measure(
             seed=seed,
             ignore_eos=True,
         )
-        run = _measure_once(engine, workload, prompt, settings, opened if not runs else None)
+        lap = _Laps(engine, workload, rows, opened if not runs else None)
+        if rows > 1:
+            _run_rows(engine, prompts, settings, lap)  # type: ignore[arg-type]
+        else:
+            _run_one(engine, prompts[0], settings, lap)
+        run = lap.run(seed, engine.work(), rates)
         runs.append(run)
         if repeat > 1:
             rate = run.measured.decode_tokens_per_s
             on_event(Notice(f"run {number + 1} of {repeat}: " + ("-" if rate is None else f"{rate:.2f} tokens/s")))
-    return SpeedReport(workload, tuple(runs))
+    return SpeedReport(workload, tuple(runs), engine.rows_at_once if isinstance(engine, RowEngine) else 1)
 
 
-def _measure_once(
-    engine: BenchEngine, workload: Workload, prompt: list[int], settings: SamplingSettings, opened: float | None
-) -> BenchRun:
-    """One generation. ``opened``: when the engine was, on the clock of ``perf_counter``, if this is the first."""
-    engine.reset()
-    engine.lap()
-    laps: list[RunStats] = []
-    to_first: float | None = None
+class _Laps:
+    """Takes the times of one generation where its parts end. ``opened``: when the engine was, on the clock of
+    ``perf_counter``, if this is the first.
+    """
+
+    def __init__(self, engine: BenchEngine, workload: Workload, rows: int, opened: float | None) -> None:
+        engine.reset()
+        engine.lap()
+        self._engine = engine
+        self._opened = opened
+        # new tokens of all rows at the ends of prefill, warm-up and measured part
+        self._marks = [rows, rows * workload.marked, rows * (workload.marked + workload.new)]
+        self._laps: list[RunStats] = []
+        self._to_first: float | None = None
+        self._tokens = 0
+
+    def at(self, tokens: int) -> None:
+        """So many new tokens there are. Called at the token itself: what follows the last one is not decoding."""
+        self._tokens = tokens
+        while len(self._laps) < 3 and tokens >= self._marks[len(self._laps)]:
+            self._laps.append(self._engine.lap())
+            if len(self._laps) == 1 and self._opened is not None and self._laps[0].start_s is not None:
+                self._to_first = self._laps[0].start_s + time.perf_counter() - self._opened
+
+    def run(self, seed: int, work: Work, rates: Rates | None) -> BenchRun:
+        if len(self._laps) != 3:
+            raise RunLocalError(f"the generation ended after {self._tokens} of {self._marks[-1]} tokens")
+        prefill, warmup, measured = self._laps
+        return BenchRun(seed, prefill, warmup, measured, self._to_first, work, rates)
+
+
+def _run_one(engine: BenchEngine, prompt: list[int], settings: SamplingSettings, laps: _Laps) -> None:
     tokens = 0
     for event in engine.generate_ids(prompt, settings):
         if isinstance(event, Done):
-            if event.reason == "error":
-                raise RunLocalError(event.error or "the generation failed")
-            if event.reason == "cancelled":
-                raise KeyboardInterrupt
-        if not isinstance(event, Token):
-            continue
-        tokens += 1
-        if tokens == 1:
-            laps.append(engine.lap())
-            if opened is not None and laps[0].start_s is not None:
-                to_first = laps[0].start_s + time.perf_counter() - opened
-        # at the token itself: what follows the last one is not decoding
-        if tokens in (workload.marked, workload.marked + workload.new):
-            laps.append(engine.lap())
-    if len(laps) != 3:
-        raise RunLocalError(f"the generation ended after {tokens} of {workload.marked + workload.new} tokens")
-    prefill, warmup, measured = laps
-    return BenchRun(settings.seed or 0, prefill, warmup, measured, to_first)
+            _check_end(event)
+        if isinstance(event, Token):
+            tokens += 1
+            laps.at(tokens)
+
+
+def _run_rows(engine: RowEngine, prompts: list[list[int]], settings: SamplingSettings, laps: _Laps) -> None:
+    """All prompts at once; row ``i`` has the seed ``seed + i``."""
+    seed = settings.seed or 0
+    rows = [PreparedRow(tuple(ids), replace(settings, seed=(seed + n) % 2**63)) for n, ids in enumerate(prompts)]
+    done = 0
+    for event in engine.generate_rows(lambda room: rows.pop() if rows else None):
+        if isinstance(event, RowDone):
+            _check_end(event)
+            done += event.new_tokens
+        else:
+            laps.at(done + event.new_tokens)
+
+
+def _check_end(event: Done | RowDone) -> None:
+    if event.reason == "error":
+        raise RunLocalError(event.error or "the generation failed")
+    if event.reason == "cancelled":
+        raise KeyboardInterrupt

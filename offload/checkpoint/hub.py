@@ -78,7 +78,7 @@ def resolve_model(
             raise UsageError("--revision goes with a hub id (org/name), not with a folder")
         folder = Path(model).expanduser()
         if not folder.exists():
-            raise ModelError(f"--model: the folder '{model}' does not exist")
+            raise ModelError(f"--model: the {'file' if model.endswith('.gguf') else 'folder'} '{model}' does not exist")
         check_model_folder(folder, weights)
         return ResolvedModel(folder.resolve().name, folder, None)
     if not _HUB_ID.fullmatch(model) or ".." in model or "--" in model:
@@ -117,7 +117,12 @@ def choose_weights(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _is_path(model: str) -> bool:
-    return model.startswith(("/", "./", "../", "~")) or model in (".", "..") or Path(model).is_dir()
+    return (
+        model.startswith(("/", "./", "../", "~"))
+        or model.endswith(".gguf")
+        or model in (".", "..")
+        or Path(model).is_dir()
+    )
 
 
 def _from_hub(name: str, revision: str | None, on_event: OnEvent, weights: bool) -> ResolvedModel:

@@ -18,12 +18,24 @@ _LFS_POINTER_MAX_BYTES = 1024
 
 
 def check_model_folder(folder: Path, weights: bool = True) -> None:
-    """Raise ModelError unless ``folder`` holds a config and, with ``weights``, every safetensors file of the model."""
+    """Raise ModelError unless ``folder`` holds a config and, with ``weights``, every safetensors file of the model.
+
+    A GGUF file, or a folder that has one and no safetensors, needs nothing else.
+    """
+    if folder.is_file() and folder.suffix == ".gguf":
+        return
     if not folder.is_dir():
         raise ModelError(f"--model: '{folder}' is not a folder; give the folder that holds {CONFIG_FILE}")
+    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        return
     read_json_object(folder / CONFIG_FILE)
     if weights:
         _check_weights(folder)
+
+
+def side_folder(path: Path) -> Path:
+    """Where the config and the tokenizer of a checkpoint are: the folder itself, or that of a GGUF file."""
+    return path.parent if path.is_file() else path
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -60,7 +72,7 @@ def no_safetensors_message(name: str, files: Iterable[str]) -> str:
     if suffixes.intersection(_PICKLES):
         reason = "has only pickled weights (.bin, .pt), which can run code; only safetensors are loaded"
     elif ".gguf" in suffixes:
-        reason = "has only GGUF weights, which are not supported; use the original checkpoint in safetensors"
+        reason = "has only GGUF weights; download one of its files and name it: --model FILE.gguf"
     else:
         reason = "has no *.safetensors weights"
     return f"'{name}' {reason}"

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from offload.checkpoint.disk import check_space, disk_errors, sync_folder
 from offload.checkpoint.fingerprint import checkpoint_fingerprint
-from offload.checkpoint.formats import get_format
+from offload.checkpoint.formats import WeightFormat, get_format
 from offload.checkpoint.journal import JOURNAL_NAME, PARTIAL_SUFFIX, PackedLayer, append, resumable, start_journal
 from offload.checkpoint.lock import pack_lock
 from offload.checkpoint.manifest import EXPERT_FILE_NAME, LayerLayout, Manifest, RecordLayout
@@ -35,7 +35,7 @@ def plan_manifest(source: CheckpointSource, model: str, revision: str | None, fo
     layers = []
     offset = 0
     for module in sorted(source.experts, key=lambda module: module.layer):
-        layout = weight_format.layout(module.tensors, module.transposed)
+        layout = record_layout(source, module, weight_format)
         if layout not in layouts:
             layouts.append(layout)
         layers.append(LayerLayout(module.layer, module.path, module.num_experts, layouts.index(layout), offset))
@@ -51,6 +51,12 @@ def plan_manifest(source: CheckpointSource, model: str, revision: str | None, fo
         checksums=(0,) * sum(layer.experts for layer in layers),
         errors=(None,) * len(layers),
     )
+
+
+def record_layout(source: CheckpointSource, module: ExpertsModule, weight_format: WeightFormat) -> RecordLayout:
+    """The layout of the records of a layer. Raises ModelError if its experts cannot be kept as they are published."""
+    specs = source.record_specs(module) if weight_format.published else module.tensors
+    return weight_format.layout(specs, module.transposed)
 
 
 def pack(
@@ -100,12 +106,16 @@ def _write_layers(
         checksums.append(checksum)
         on_event(LoadProgress("pack", end, manifest.total_bytes, "bytes"))
 
+    published = get_format(manifest.format).published
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         start = _bytes_of(manifest, len(done))
         os.ftruncate(fd, start)
         on_event(LoadProgress("pack", start, manifest.total_bytes, "bytes"))
-        with closing(read_ahead(source, order)) as experts, RecordWriter(fd, manifest.slot_bytes, written) as writer:
+        with (
+            closing(read_ahead(source, order, published)) as experts,
+            RecordWriter(fd, manifest.slot_bytes, written) as writer,
+        ):
             for layer in layers:
                 error = _write_layer(source, manifest, layer, modules[layer.layer], experts, writer)
                 os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
@@ -135,6 +145,11 @@ def _write_layer(
     for expert in range(layer.experts):
         tensors, record = next(experts), writer.buffer()
         lost = weight_format.encode(layout, tensors, record, module.transposed)
+        if not lost.finite and weight_format.lossless:
+            raise ModelError(
+                f"{source.folder}: layer {layer.layer}, expert {expert} has scales that are not finite: the checkpoint "
+                "is damaged; download it again"
+            )
         if not lost.finite:
             raise ModelError(
                 f"{source.folder}: layer {layer.layer}, expert {expert} has weights that are not finite (NaN, infinite "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from offload.checkpoint.formats.packed import Entry
 from offload.checkpoint.manifest import align
 from offload.errors import ModelError
 
 _ALIGNMENT = 16  # of a piece of staging memory: any dtype may stand there
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
 """The names that safetensors has for dtypes; tensors of others are left to its own reader."""
@@ -58,6 +60,14 @@ class Staging:
         self._used = 0
 
 
+class KnownPlace(NamedTuple):
+    """Where a tensor stands in a file whose header is read elsewhere (GGUF)."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class _Place(NamedTuple):
     """Where a tensor stands: ``offset`` and ``row_bytes`` in bytes; a row is a part along the first dimension."""
 
@@ -69,11 +79,16 @@ class _Place(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of safetensors files, by name. ``files`` names the file of each."""
+    """The tensors of safetensors files, by name, and of other files those in ``known``.
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    ``files`` names the file of each. For several threads, but for :meth:`close`.
+    """
+
+    def __init__(self, files: Mapping[str, Path], known: Mapping[str, KnownPlace] | None = None) -> None:
         self._files = files
+        self._known = known or {}
         self._open: dict[Path, tuple[int, int, dict[str, Any]]] = {}  # file -> fd, start of the data, header
+        self._opening = threading.Lock()
 
     def read(self, key: str, rows: slice, staging: Staging) -> torch.Tensor | None:
         """``rows`` of a tensor, in ``staging``; None if it has a dtype or shape that is not read here.
@@ -96,6 +111,28 @@ class TensorFiles:
             raise ModelError(f"{file}: tensor {key} cannot be read ({reason}); download the file again") from error
         return memory.view(place.dtype).view(last - first, *place.shape[1:])
 
+    def entries(self) -> dict[str, Entry]:
+        """Dtype and shape of every tensor. Raises ModelError if a header is damaged."""
+        found = {}
+        for key, file in self._files.items():
+            try:
+                entry = self._header(file)[2][key]
+                found[key] = Entry(_DTYPES.get(entry["dtype"]), tuple(entry["shape"]))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{file}: the file is damaged or incomplete ({error}); download it again") from error
+        return found
+
+    def read_whole(self, key: str) -> torch.Tensor:
+        """A whole tensor in memory of its own. Raises ModelError if it cannot be read."""
+        return self.read_rows(key, slice(None))
+
+    def read_rows(self, key: str, rows: slice) -> torch.Tensor:
+        """As :meth:`read`, in memory of its own. Raises ModelError also for another dtype or shape."""
+        found = self.read(key, rows, Staging())
+        if found is None:
+            raise ModelError(f"{self._files[key]}: tensor {key} has a dtype or shape that is not supported")
+        return found
+
     def announce(self, key: str, rows: slice) -> None:
         """Let the system start reading ``rows`` of a tensor: :meth:`read` comes soon."""
         if not hasattr(os, "posix_fadvise"):
@@ -115,17 +152,27 @@ class TensorFiles:
             os.close(fd)
         self._open.clear()
 
+    def _header(self, file: Path) -> tuple[int, int, dict[str, Any]]:
+        """File descriptor, start of the data, and the header, which is empty for files that have another one."""
+        with self._opening:
+            if file not in self._open:
+                fd = os.open(file, os.O_RDONLY)
+                try:
+                    if file.suffix == ".safetensors":
+                        length = int.from_bytes(os.pread(fd, 8, 0), "little")
+                        self._open[file] = (fd, 8 + length, json.loads(os.pread(fd, length, 8)))
+                    else:
+                        self._open[file] = (fd, 0, {})
+                except BaseException:
+                    os.close(fd)
+                    raise
+            return self._open[file]
+
     def _place(self, key: str) -> _Place | None:
-        file = self._files[key]
-        if file not in self._open:
-            fd = os.open(file, os.O_RDONLY)
-            try:
-                length = int.from_bytes(os.pread(fd, 8, 0), "little")
-                self._open[file] = (fd, 8 + length, json.loads(os.pread(fd, length, 8)))
-            except BaseException:
-                os.close(fd)
-                raise
-        fd, data, header = self._open[file]
+        fd, data, header = self._header(self._files[key])
+        if known := self._known.get(key):
+            row_bytes = math.prod(known.shape[1:]) * known.dtype.itemsize
+            return _Place(fd, known.offset, row_bytes, known.dtype, known.shape)
         entry = header[key]
         dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
         if dtype is None or not shape:

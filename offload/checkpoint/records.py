@@ -10,24 +10,29 @@ from __future__ import annotations
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import torch
 
 from offload.checkpoint.disk import write_all
+from offload.checkpoint.formats.packed import PackedMatrix
 from offload.checkpoint.reading import Staging
 from offload.checkpoint.source import CheckpointSource
 from offload.model.transformers_api import ExpertsModule
 
 _ANNOUNCED = 3  # experts that the system reads ahead; with fewer a fast disk has pauses
 
-Tensors = dict[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor | PackedMatrix]
 
 
-def read_ahead(source: CheckpointSource, order: Sequence[tuple[ExpertsModule, int]]) -> Generator[Tensors, None, None]:
+def read_ahead(
+    source: CheckpointSource, order: Sequence[tuple[ExpertsModule, int]], published: bool = False
+) -> Generator[Tensors, None, None]:
     """The tensors of the experts in ``order``; each is good until the next is asked for. Close it if it is not used up.
+
+    ``published``: packed ones as the checkpoint holds them, else decoded.
 
     Raises what :meth:`CheckpointSource.read_expert` raises, when the expert's turn comes.
     """
@@ -41,6 +46,8 @@ def read_ahead(source: CheckpointSource, order: Sequence[tuple[ExpertsModule, in
             source.announce_expert(*order[number + _ANNOUNCED])
         memory = staging[number % 2]
         memory.reset()
+        if published:
+            return source.read_published(*order[number], memory)
         return source.read_expert(*order[number], memory)
 
     with ThreadPoolExecutor(1, "pack-read") as pool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 import offload.model.experts  # noqa: F401 - offers the experts function that the model below selects by name
+from offload.checkpoint import published
+from offload.checkpoint.config_file import default_dtype, open_safetensors, read_config
+from offload.checkpoint.formats.base import TensorSpecs
+from offload.checkpoint.formats.method import Method
+from offload.checkpoint.formats.methods import get_method
+from offload.checkpoint.formats.packed import PackedMatrix, PackedTensor
+from offload.checkpoint.gguf_source import GgufCheckpoint, GgufMethod, open_gguf
 from offload.checkpoint.model_folder import INDEX_FILE
+from offload.checkpoint.packed_tensors import PackedSlice, PackedTensors
 from offload.checkpoint.reading import KeepInPlace, Staging, TensorFiles
 from offload.errors import ModelError
 from offload.model import transformers_api as api
@@ -24,7 +32,8 @@ from offload.model import transformers_api as api
 class CheckpointSource:
     """``model`` is on the meta device and still owns its expert parameters until the skeleton is loaded from it.
 
-    ``files`` names the file of every tensor; ``skeleton_keys`` are the tensors that are not experts.
+    ``files`` names the file of every tensor; ``skeleton_keys`` are the tensors that are not experts. In a quantised
+    checkpoint (``method``) the tensors in ``packed`` go by the names that they would have if they were not.
     """
 
     folder: Path
@@ -35,10 +44,13 @@ class CheckpointSource:
     files: dict[str, Path]
     expert_sources: dict[tuple[str, str], api.TensorSource]
     skeleton_keys: list[str]
+    packed: PackedTensors = field(default_factory=lambda: PackedTensors({}))
+    method: Method | None = None
+    gguf: GgufCheckpoint | None = None
     _handles: dict[Path, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._tensors = TensorFiles(self.files)
+        self._tensors = TensorFiles(self.files, None if self.gguf is None else self.gguf.places)
 
     def read_expert(
         self, module: api.ExpertsModule, expert: int, staging: Staging | None = None
@@ -58,10 +70,57 @@ class CheckpointSource:
         for name in module.tensors:
             source = self.expert_sources[module.path, name]
             for pattern, keys in source.keys.items():
-                if source.converter is None or "*" not in pattern:
-                    self._tensors.announce(keys[0], slice(expert, expert + 1))
-                elif expert < len(keys):
-                    self._tensors.announce(keys[expert], slice(None))
+                fused = source.converter is None or "*" not in pattern
+                if fused or expert < len(keys):
+                    key, rows = (keys[0], slice(expert, expert + 1)) if fused else (keys[expert], slice(None))
+                    packed = self.packed.tensors.get(key)
+                    for part in (key,) if packed is None else packed.keys:
+                        self._tensors.announce(part, rows)
+
+    def record_specs(self, module: api.ExpertsModule) -> TensorSpecs:
+        """What the record of an expert of ``module`` holds in the format ``native``: :meth:`read_published`.
+
+        Without weights it is what the config lets expect. Raises ModelError if the experts are held in ways that no
+        record can keep as they are.
+        """
+        if self.method is None:
+            return module.tensors
+        if not self.files:
+            return published.predicted_specs(module, self.method)
+        return published.record_specs(self, module)
+
+    def read_published(
+        self, module: api.ExpertsModule, expert: int, staging: Staging | None = None
+    ) -> dict[str, torch.Tensor | PackedMatrix]:
+        """One expert as :meth:`record_specs` says: packed matrices with the bytes that the checkpoint has.
+
+        All else is as in :meth:`read_expert`.
+        """
+        if self.method is None:
+            return dict(self.read_expert(module, expert, staging))
+        part = self._read_part if staging is None else partial(self._stage_part, staging)
+        return published.read_expert(self, module, expert, part)
+
+    def tensor_slices(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Of each tensor what transformers' loader takes for it: read, and decoded, when it asks for ``[...]``."""
+        slices = {}
+        for key in keys:
+            if key in self.packed.tensors or self.gguf is not None:
+                slices[key] = PackedSlice(partial(self._read, key, slice(None)))
+            else:
+                slices[key] = self._handle(self.files[key]).get_slice(key)
+        return slices
+
+    def check_experts(self, module: api.ExpertsModule, name: str) -> None:
+        """Raises ModelError if the checkpoint has weights of another number of experts for a parameter."""
+        for pattern, keys in self.expert_sources[module.path, name].keys.items():
+            fused = self.expert_sources[module.path, name].converter is None or "*" not in pattern
+            count = self._rows(keys[0]) if fused else len(keys)
+            if count != module.num_experts:
+                raise ModelError(
+                    f"{self.folder}: there are weights of {count} experts ({keys[0]}), but config.json says "
+                    f"{module.num_experts}"
+                )
 
     def _read_expert(
         self, module: api.ExpertsModule, expert: int, read: Callable[[str, slice], torch.Tensor]
@@ -70,14 +129,7 @@ class CheckpointSource:
         for name, (shape, dtype) in module.tensors.items():
             target = f"{module.path}.{name}"
             source = self.expert_sources[module.path, name]
-            for pattern, keys in source.keys.items():
-                fused = source.converter is None or "*" not in pattern
-                count = self._rows(keys[0]) if fused else len(keys)
-                if count != module.num_experts:
-                    raise ModelError(
-                        f"{self.folder}: there are weights of {count} experts ({keys[0]}), but config.json says "
-                        f"{module.num_experts}"
-                    )
+            self.check_experts(module, name)
             tensor = api.convert_expert(self.model, target, source, expert, read)
             if tuple(tensor.shape) != shape:
                 raise ModelError(
@@ -105,6 +157,9 @@ class CheckpointSource:
                 yield name, 0, tensor
             return
         key = next(iter(found.source.keys.values()))[0]
+        if self.gguf is not None and (key in self.gguf.changes or key in self.gguf.composed):
+            yield found.parameters[0], 0, self._read(key, slice(None))
+            return
         shape = self._shape(key)
         step = max(1, block // max(1, math.prod(shape[1:])))
         staging = Staging()
@@ -119,7 +174,7 @@ class CheckpointSource:
 
     def _handle(self, file: Path) -> Any:
         if file not in self._handles:
-            self._handles[file] = api.open_safetensors(file)
+            self._handles[file] = open_safetensors(file)
         return self._handles[file]
 
     def _rows(self, key: str) -> int:
@@ -128,18 +183,43 @@ class CheckpointSource:
         return shape[0] if shape else 0
 
     def _shape(self, key: str) -> list[int]:
+        if key in self.packed.tensors:
+            return list(self.packed.tensors[key].shape)
+        if self.gguf is not None:
+            return list(self.gguf.places[key].shape)
         shape: list[int] = self._handle(self.files[key]).get_slice(key).get_shape()
         return shape
 
     def _stage(self, staging: Staging, key: str, rows: slice) -> torch.Tensor:
+        if key in self.packed.tensors:
+            return self._read(key, rows)
+        return self._stage_part(staging, key, rows)
+
+    def _stage_part(self, staging: Staging, key: str, rows: slice) -> torch.Tensor:
         staged = self._tensors.read(key, rows, staging)
-        return self._read(key, rows) if staged is None else staged
+        return self._read_part(key, rows) if staged is None else staged
 
     def _read(self, key: str, rows: slice) -> torch.Tensor:
+        if self.gguf is not None and key in self.gguf.changes:
+            return self.gguf.changes[key](self._decoded(key, slice(None)))[rows]
+        if self.gguf is not None and key in self.gguf.composed:
+            parts, compose = self.gguf.composed[key]
+            return compose(*(self._decoded(part, slice(None)) for part in parts))[rows]
+        return self._decoded(key, rows)
+
+    def _decoded(self, key: str, rows: slice) -> torch.Tensor:
+        if key in self.packed.tensors:
+            return self.packed.decoded(key, rows, self.dtype, self._read_part)
+        return self._read_part(key, rows)
+
+    def _read_part(self, key: str, rows: slice) -> torch.Tensor:
+        if self.gguf is not None:
+            return self._tensors.read_rows(key, rows)
         file = self.files[key]
         handle = self._handle(file)
         try:
-            tensor: torch.Tensor = handle.get_slice(key)[rows]
+            found = handle.get_slice(key)
+            tensor: torch.Tensor = found[rows] if found.get_shape() else handle.get_tensor(key)
         except Exception as error:  # the binding raises its own, OSError and IndexError
             raise ModelError(f"{file}: tensor {key} cannot be read ({error}); download the file again") from error
         return tensor
@@ -151,13 +231,63 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
     Without ``weights`` only the config is read; the result serves for planning.
     """
     api.quiet()
-    config = api.read_config(folder)
+    if (gguf := open_gguf(folder)) is not None:
+        return _open_gguf(folder, gguf)
+    config = read_config(folder)
     files = tensor_files(folder) if weights else {}
-    dtype = api.default_dtype(config, folder)
+    dtype = default_dtype(config, folder)
     model = api.build_meta_model(config, dtype)
     experts = api.find_experts(model)
-    sources, rest = api.sort_checkpoint(model, experts, files) if weights else ({}, [])
-    return CheckpointSource(folder, config, dtype, model, experts, files, sources, rest)
+    method = _method(folder, config)
+    packed = PackedTensors({})
+    sources: dict[tuple[str, str], api.TensorSource] = {}
+    rest: list[str] = []
+    if weights:
+        if method is not None:
+            packed = PackedTensors(_find_packed(folder, method, files))
+        names = packed.names(files)
+        files |= {name: files[found.keys[0]] for name, found in packed.tensors.items()}
+        sources, rest = api.sort_checkpoint(model, experts, names)
+    return CheckpointSource(folder, config, dtype, model, experts, files, sources, rest, packed, method)
+
+
+def _open_gguf(path: Path, gguf: GgufCheckpoint) -> CheckpointSource:
+    try:
+        config = gguf.config()
+        dtype = default_dtype(config, path.parent, gguf.dtype)
+        model = api.build_meta_model(config, dtype)
+        api.use_own_names(model)
+        experts = api.find_experts(model)
+        sources, skeleton, packed = gguf.sort(model, experts)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    files = dict(gguf.file_of) | {name: gguf.file_of[key] for name, key in skeleton.items()}
+    method = GgufMethod({}) if gguf.is_quantised else None
+    return CheckpointSource(
+        path, config, dtype, model, experts, files, sources, list(skeleton), PackedTensors(packed), method, gguf
+    )
+
+
+def _method(folder: Path, config: PretrainedConfig) -> Method | None:
+    """How the checkpoint is quantised. Raises ModelError if that is not supported."""
+    for part in (config, config.get_text_config()):
+        said = getattr(part, "quantization_config", None)
+        if said is not None:
+            try:
+                return get_method(said if isinstance(said, dict) else said.to_dict())
+            except ModelError as error:
+                raise ModelError(f"{folder}: {error}") from error
+    return None
+
+
+def _find_packed(folder: Path, method: Method, files: dict[str, Path]) -> dict[str, PackedTensor]:
+    tensors = TensorFiles(files)
+    try:
+        return method.find(tensors.entries(), tensors.read_whole)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    finally:
+        tensors.close()
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -181,7 +311,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     for name in names:
         if not (folder / name).exists():
             raise ModelError(f"{folder}: {name} is missing, though {INDEX_FILE} lists it; download it again")
-        handle = api.open_safetensors(folder / name)
+        handle = open_safetensors(folder / name)
         found |= dict.fromkeys(handle.keys(), folder / name)
     lost = sorted(set(listed or ()) - found.keys())
     if lost:

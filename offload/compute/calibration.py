@@ -34,6 +34,7 @@ OnProgress = Callable[[LoadProgress], None]
 _VERSION = 2
 _TRIALS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _ROWS, _COLUMNS = 1536, 2048  # about an expert of today's models
+_MANY = 512
 _PROBE_BYTES = 512 * 2**20
 _RECORD_BYTES = 3 * 2**20
 _READERS = 4
@@ -53,6 +54,7 @@ class Calibration:
     disk_bytes_per_s: float | None = None
     int4_bytes_per_s: float | None = None
     int8_bytes_per_s: float | None = None
+    flops_per_s: float | None = None
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, figure, remark) for people."""
@@ -67,6 +69,8 @@ class Calibration:
             ("int4 kernel", rate(self.int4_bytes_per_s), kernels),
             ("int8 kernel", rate(self.int8_bytes_per_s), kernels),
         ]
+        many = "-" if self.flops_per_s is None else f"{self.flops_per_s / 1e9:.0f} GFLOP/s"
+        rows.append(("many tokens", many, f"products of {_MANY} tokens in bf16, by the library"))
         for bits, tokens in sorted(self.few_tokens.items()):
             rows.append((f"int{bits} crossover", f"{tokens} tokens", "up to here the kernel, above decoded weights"))
         return rows
@@ -98,7 +102,9 @@ def calibrate(folder: Path, on_progress: OnProgress) -> Calibration:
     rates: dict[int, float | None] = {4: None, 8: None}
     if kernels is not None:
         rates = {bits: _kernel_rate(Products(kernels, 1 << 30), bits) for bits in rates}
-    return Calibration(machine_key(), few, _memory_rate(), _disk_rate(folder, on_progress), rates[4], rates[8])
+    return Calibration(
+        machine_key(), few, _memory_rate(), _disk_rate(folder, on_progress), rates[4], rates[8], _flops()
+    )
 
 
 def machine_key() -> str:
@@ -186,6 +192,16 @@ def _seconds(products: Products, matrix: QuantizedMatrix, inputs: torch.Tensor) 
     started = time.perf_counter()
     products.linear(matrix, inputs)
     return time.perf_counter() - started
+
+
+def _flops() -> float:
+    weight, inputs = torch.randn(_ROWS, _COLUMNS).bfloat16(), torch.randn(_MANY, _COLUMNS).bfloat16()
+    fastest = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.nn.functional.linear(inputs, weight)
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * _MANY * _ROWS * _COLUMNS / fastest
 
 
 def _memory_rate() -> float:

@@ -1,4 +1,6 @@
-"""Experts in the checkpoint's own dtype: bit for bit what transformers' ``eager`` experts give.
+"""Experts with the checkpoint's own numbers: bit for bit what transformers' ``eager`` experts give.
+
+Packed weights are decoded, one parameter at a time, and give what eager gives with the decoded weights.
 
 Each expert's product is computed on its own, over its tokens in ``eager``'s order, and the products are summed in
 ascending order of expert, whenever they were computed.
@@ -6,14 +8,15 @@ ascending order of expert, whenever they were computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from cache.keys import ExpertKey
-from offload.checkpoint.formats import Weights
 from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
+from offload.compute.decoded import Decoder
+from offload.compute.kernels.published import Decoders
 from offload.model.families import sum_dtype
 
 Rows = dict[int, tuple[torch.Tensor | None, Any]]
@@ -22,6 +25,9 @@ Tokens None stands for "the only token" and goes with a slice of one position.""
 
 
 class NativeExperts(ExpertCompute):
+    def __init__(self, decoders: Decoders | None = None) -> None:
+        self._decoder = Decoder(decoders)
+
     def begin(
         self,
         module: Any,
@@ -30,12 +36,13 @@ class NativeExperts(ExpertCompute):
         top_k_weights: torch.Tensor,
         weights_of: WeightsOf,
     ) -> EventCompute:
-        return _NativeEvent(module, hidden, top_k_index, top_k_weights, weights_of)
+        return _NativeEvent(self._decoder, module, hidden, top_k_index, top_k_weights, weights_of)
 
 
 class _NativeEvent(EventCompute):
     def __init__(
         self,
+        decoder: Decoder,
         module: Any,
         hidden: torch.Tensor,
         top_k_index: torch.Tensor,
@@ -43,6 +50,7 @@ class _NativeEvent(EventCompute):
         weights_of: WeightsOf,
     ) -> None:
         self.calls = 0
+        self._decoder = decoder
         self._module = module
         self._hidden = hidden
         self._top_k_weights = top_k_weights
@@ -57,7 +65,8 @@ class _NativeEvent(EventCompute):
             states = self._hidden if tokens is None else self._hidden[tokens]
             routed = self._top_k_weights
             weights = routed[:, positions] if tokens is None else routed[tokens, positions, None]
-            self._products[key.expert] = expert_product(self._module, self._weights_of(key), states) * weights
+            expert = self._decoder.weights(self._weights_of(key), states.dtype)
+            self._products[key.expert] = expert_product(self._module, expert, states) * weights
             self.calls += 2
 
     def result(self) -> torch.Tensor:
@@ -91,7 +100,7 @@ def rows_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Rows:
     return rows
 
 
-def expert_product(module: Any, weights: Weights, states: torch.Tensor) -> torch.Tensor:
+def expert_product(module: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
     """One expert over its tokens [n, H] -> [n, H], not yet weighted by the router."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     states = _linear(module, states, weights[name], weights.get(f"{name}_bias"))

@@ -1,19 +1,16 @@
-"""A batch of prompts: one JSON row in, one JSON row out, written as soon as it is done. Imports no torch."""
+"""The rows of a batch: JSON objects in, JSON objects out. Standard library only."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
 
 from offload.config import SamplingSettings
-from offload.errors import ContextError, RunLocalError, UsageError
-from offload.events import BatchProgress, Done, FinishReason, Token
-from offload.protocol import ChatEngine, Message
+from offload.errors import UsageError
+from offload.events import FinishReason
+from offload.protocol import Message
 
 RowId = str | int
 _ROLES = ("system", "user", "assistant")
@@ -51,31 +48,6 @@ class OutputRow:
         return (json.dumps(asdict(self), ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
 
 
-@dataclass(frozen=True, slots=True)
-class BatchSummary:
-    """What a run did: rows skipped (done before), rows written and how many of those hold an error."""
-
-    skipped: int
-    written: int
-    errors: int
-    new_tokens: int
-    interrupted: bool
-
-    def describe(self) -> str:
-        """One line for people."""
-        before = f"; {self.skipped} rows were done before" if self.skipped else ""
-        errors = f", {self.errors} of them with an error" if self.errors else ""
-        return f"{self.written} rows written{errors}, {self.new_tokens} new tokens{before}"
-
-
-class RowSink(Protocol):
-    """Where output rows go."""
-
-    def write(self, line: bytes) -> None:
-        """Write one row whole or not at all. Raises RunLocalError if it cannot be written."""
-        ...
-
-
 def id_key(row_id: RowId) -> str:
     return json.dumps(row_id)
 
@@ -108,95 +80,6 @@ def parse_row(line: bytes, number: int, sampling: SamplingSettings, base_seed: i
         # sampling errors name the flag; in a row it is a field
         return InputRow(row_id, error=re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error)))
     return InputRow(row_id, prompt, sampling)
-
-
-def run_batch(
-    engine: ChatEngine,
-    lines: Iterable[bytes],
-    sink: RowSink,
-    sampling: SamplingSettings,
-    base_seed: int,
-    *,
-    done_before: Counter[str] | None = None,
-    rows_total: int | None = None,
-    on_progress: Callable[[BatchProgress], None] = lambda progress: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> BatchSummary:
-    """Run the rows of ``lines`` one after the other, in order; blank lines are skipped.
-
-    ``done_before`` counts the output rows of an earlier run by :attr:`InputRow.key`; as many rows of that id are
-    skipped. ``should_stop`` is asked before each row and at each event: a row that was stopped is not written.
-
-    Raises RunLocalError if an output row cannot be written.
-    """
-    left = Counter(done_before or {})
-    seen: set[str] = set()
-    skipped = written = errors = new_tokens = 0
-    stats = engine.stats()
-
-    def progress(row_tokens: int) -> BatchProgress:
-        return BatchProgress(
-            skipped + written,
-            rows_total,
-            errors,
-            new_tokens,
-            row_tokens,
-            stats.decode_tokens_per_s,
-            stats.experts.hit_rate,
-        )
-
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = parse_row(line, number, sampling, base_seed)
-        repeated = row.key in seen
-        seen.add(row.key)
-        if left[row.key] > 0:
-            left[row.key] -= 1
-            skipped += 1
-            continue
-        if should_stop():
-            return BatchSummary(skipped, written, errors, new_tokens, interrupted=True)
-        if repeated and row.error is None:
-            row = InputRow(row.id, error="an earlier row has the same id")
-        on_progress(progress(0))
-
-        def on_token(tokens: int) -> None:
-            on_progress(progress(tokens))
-            if should_stop():
-                engine.cancel()
-
-        result = _run_row(engine, row, on_token)
-        if result is None:
-            return BatchSummary(skipped, written, errors, new_tokens, interrupted=True)
-        sink.write(result.to_line())
-        written += 1
-        errors += result.error is not None
-        new_tokens += result.new_tokens or 0
-        stats = engine.stats()
-        on_progress(progress(0))
-    return BatchSummary(skipped, written, errors, new_tokens, interrupted=False)
-
-
-def _run_row(engine: ChatEngine, row: InputRow, on_token: Callable[[int], None]) -> OutputRow | None:
-    """The output of one row; None if it was cancelled."""
-    if row.error is not None or row.sampling is None:
-        return OutputRow(row.id, None, "error", None, None, row.error)
-    tokens = 0
-    try:
-        for event in engine.generate(row.prompt, row.sampling):
-            if isinstance(event, Done):
-                if event.reason == "cancelled":
-                    return None
-                error = event.error or "the generation failed" if event.reason == "error" else None
-                return OutputRow(row.id, event.text, event.reason, event.prompt_tokens, event.new_tokens, error)
-            tokens += isinstance(event, Token)
-            on_token(tokens)
-    except ContextError as problem:
-        return OutputRow(row.id, None, "error", problem.prompt_tokens, None, str(problem))
-    except RunLocalError as problem:
-        return OutputRow(row.id, None, "error", None, None, str(problem))
-    raise RuntimeError("the engine ended an answer without a Done event")
 
 
 def _load_object(line: bytes) -> dict[str, object]:

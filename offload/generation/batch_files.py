@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import json
 import os
 import stat
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import RunLocalError, UsageError
@@ -22,6 +26,10 @@ from offload.generation.batch import id_key
 
 _VERSION = 1
 _BLOCK = 1 << 20
+_GZIP = b"\x1f\x8b"
+_SAMPLED_ROWS = 1000
+_BYTES_PER_TOKEN = 3
+"""Few, so that room is rather too large: English has 4 to 5 bytes a token, other scripts fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +56,42 @@ class BatchInput:
         return cls(path, not stat.S_ISREG(kind))
 
     def lines(self) -> Iterator[bytes]:
-        """All lines, ended by line feeds alone."""
-        if self.path is None:
-            yield from sys.stdin.buffer
-            return
+        """All lines, ended by line feeds alone; those of a gzip file, whatever its name, as it unpacks."""
+        name = "standard input" if self.path is None else str(self.path)
         try:
-            with open(self.path, "rb") as file:
-                yield from file
+            with contextlib.ExitStack() as stack:
+                reader = cast(
+                    BufferedReader,
+                    sys.stdin.buffer if self.path is None else stack.enter_context(open(self.path, "rb")),
+                )
+                if reader.peek(len(_GZIP))[: len(_GZIP)] == _GZIP:
+                    yield from gzip.GzipFile(fileobj=reader)
+                else:
+                    yield from reader
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise RunLocalError(f"{name}: is a damaged gzip file ({error})") from error
         except OSError as error:
-            raise RunLocalError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise RunLocalError(f"{name}: cannot be read ({error.strerror or error})") from error
 
     def rows(self) -> int | None:
         """Rows in the file; None for a stream."""
         return None if self.stream else sum(1 for line in self.lines() if line.strip())
+
+    def typical_tokens(self, sampling: SamplingSettings) -> int | None:
+        """Tokens of prompt and answer that nine of ten of the first rows have at most, by their length; None for a
+        stream and for a file without rows.
+        """
+        if self.stream:
+            return None
+        found = []
+        for line in islice((line for line in self.lines() if line.strip()), _SAMPLED_ROWS):
+            answer = sampling.max_new_tokens
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(own := row.get("max_new_tokens"), int):
+                    answer = max(1, own)
+            found.append(len(line) // _BYTES_PER_TOKEN + answer)
+        return sorted(found)[len(found) * 9 // 10] if found else None
 
     def fingerprint(self, size: int | None = None) -> dict[str, Any] | None:
         """Size in bytes and SHA-256 of the file, or of its first ``size`` bytes; None for a stream."""

@@ -69,3 +69,12 @@ class Sampler:
         reached = scores[0].softmax(-1).cumsum(-1, dtype=torch.float64)
         drawn = torch.rand(1, generator=self._random, dtype=torch.float64) * reached[-1]
         return min(int(torch.searchsorted(reached, drawn, right=True)), len(reached) - 1)  # rounded up to the very end
+
+
+def stop_ids(config: GenerationConfig, tokenizer_eos: int | None) -> frozenset[int]:
+    """Ids that end an answer: those of the checkpoint's generation config, else the tokenizer's."""
+    ids = config.eos_token_id
+    found = {ids} if isinstance(ids, int) else set(ids or ())
+    if not found and tokenizer_eos is not None:
+        found = {tokenizer_eos}
+    return frozenset(found)

@@ -23,7 +23,7 @@ def activation_bytes(config: PretrainedConfig, itemsize: int, context: int, chun
     width = _first(text, "head_dim", "v_head_dim", default=hidden // heads)
     inner = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", default=4 * hidden)
     dense = max(_first(text, "intermediate_size", default=inner), _first(text, "shared_expert_intermediate_size"))
-    top_k = _first(text, "num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", default=2)
+    top_k = experts_per_token(config)
 
     stream = tokens * hidden * (3 * itemsize + 2 * _FLOAT32)  # residual, normed and their float32 copies
     attention = tokens * heads * width * 6 * itemsize  # q, k, v before and after rotation, output
@@ -43,9 +43,31 @@ def staged_bytes(config: PretrainedConfig, itemsize: int, context: int, chunk: i
     text = config.get_text_config()
     hidden = text.hidden_size
     inner = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", default=4 * hidden)
-    top_k = _first(text, "num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", default=2)
+    top_k = experts_per_token(config)
     rows = min(chunk, context) * top_k
     return rows * hidden * max(0, _FLOAT32 - itemsize) + min(rows, _CALL_ROWS) * (hidden + 2 * inner) * _FLOAT32
+
+
+def row_bytes(config: PretrainedConfig, itemsize: int, context: int, rows: int, kv_bytes: int) -> int:
+    """What a pass of several rows needs beyond that of one: their logits, the states of attention joined again, and,
+    where keys are made from latent states, those of all rows at once.
+
+    ``kv_bytes`` are those of all rows' caches together.
+    """
+    text = config.get_text_config()
+    size = 2 * rows * text.vocab_size * itemsize
+    if rank := getattr(text, "kv_lora_rank", None):
+        heads = _first(text, "num_attention_heads", default=1)
+        latent = (rank + _first(text, "qk_rope_head_dim")) * itemsize
+        tokens = kv_bytes // max(1, latent * text.num_hidden_layers)
+        width = _first(text, "qk_nope_head_dim") + _first(text, "qk_rope_head_dim") + _first(text, "v_head_dim")
+        size += max(0, tokens - context) * heads * 2 * width * itemsize + tokens * latent
+    return size
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token")
+    return _first(config.get_text_config(), *names, default=2)
 
 
 def _first(config: object, *names: str, default: int = 0) -> int:

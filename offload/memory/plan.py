@@ -7,14 +7,22 @@ from typing import Any
 
 from offload.config import format_size
 from offload.errors import BudgetError
+from offload.memory.rows import RowMemory
 
 MARGIN_BYTES = 48 * 2**20
 """What the allocator and threads take beyond the sums below."""
 
 
+_NO_MEMORY = RowMemory(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Sizes of one model at one context, in bytes. ``activation_bytes`` is the peak inside one forward pass."""
+    """Sizes of one model at one context, in bytes. ``activation_bytes`` is the peak inside one forward pass.
+
+    ``kv_bytes`` is for one conversation, or for the ``rows`` of a batch that are in flight together, whatever they are:
+    at least one that fills the context.
+    """
 
     skeleton_bytes: int
     kv_bytes: int
@@ -22,6 +30,8 @@ class ModelSizes:
     slot_bytes: int
     num_experts: int
     context_tokens: int
+    rows: int = 1
+    row_memory: RowMemory = _NO_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +75,7 @@ class Plan:
             ("libraries", self.baseline.files, "mapped files of Python, torch and transformers"),
             ("process", self.baseline.anonymous, "their own memory"),
             ("skeleton", sizes.skeleton_bytes, "attention, routers, norms, shared experts, embeddings"),
-            ("KV cache", sizes.kv_bytes, f"{sizes.context_tokens} tokens (--ctx)"),
+            ("KV cache", sizes.kv_bytes, self._kv_remark()),
             ("activations", sizes.activation_bytes, "the largest forward pass (--prefill-chunk)"),
             ("margin", MARGIN_BYTES, "allocator and threads"),
             (
@@ -76,6 +86,13 @@ class Plan:
             ),
             ("unused", self.budget - used, ""),
         ]
+
+    def _kv_remark(self) -> str:
+        sizes = self.sizes
+        if sizes.rows == 1:
+            return f"{sizes.context_tokens} tokens (--ctx)"
+        tokens = (sizes.kv_bytes - sizes.rows * sizes.row_memory.fixed) // max(1, sizes.row_memory.per_token)
+        return f"{sizes.rows} rows with {max(0, tokens)} tokens together, each at most {sizes.context_tokens} (--ctx)"
 
     def summary(self) -> list[str]:
         """Lines to read before or after the table."""

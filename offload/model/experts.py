@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,22 +29,29 @@ from offload.model.transformers_api import ExpertsModule, register_experts_funct
 class ForwardPass:
     """What the engine is doing while the experts run: for the trace and for counting prefill and decode apart.
 
-    ``step`` is the position in the request of the pass's first token.
+    ``step`` is the position in the request of the pass's first token. A pass over several rows has ``parts``, in the
+    order of their tokens: request, step, number of tokens and whether they decode; ``decode`` then means that all do.
+    ``recent`` are groups of the pass's tokens, by their place in it: what they use tells the expert cache what will be
+    used next. It matters where a pass has several tokens.
     """
 
     request: int = 0
     step: int = 0
     forward: int = 0
     decode: bool = False
+    parts: Sequence[tuple[int, int, int, bool]] = ()
+    recent: Sequence[Sequence[int]] = ()
 
 
 @dataclass(slots=True)
 class TransferCounters:
-    """Sums since the start: bytes read from disk, the seconds that compute waited for them, loads on a prediction and
+    """Sums since the start: bytes read from disk, those of records that passes took and that were not held when the
+    pass began, the seconds that compute waited for them, loads on a prediction and
     those of them that an event used, events, and the calls that computed their experts."""
 
     prefill_bytes: int = 0
     decode_bytes: int = 0
+    needed_bytes: int = 0
     stall_seconds: float = 0.0
     prefetched: int = 0
     prefetch_used: int = 0
@@ -85,6 +93,8 @@ class ExpertRuntime:
         self._ahead: dict[ExpertKey, Ticket] = {}  # prefetches under way
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
         self._tickets: dict[ExpertKey, Ticket] = {}
+        self._pass: ForwardPass | None = None  # the one that the last event belonged to
+        self._held: set[ExpertKey] = set()  # when it began
         self._views: dict[tuple[int, int], Weights] = {}  # (slot, record layout) -> weights
 
     def attach(self, modules: list[ExpertsModule]) -> None:
@@ -107,8 +117,18 @@ class ExpertRuntime:
             self._record(layer, top_k_index, top_k_weights)
         event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
         self._take_arrivals()
-        experts = by_rank(top_k_index.tolist(), module.num_experts)  # as a replay of the trace will have them
-        found = self.cache.lookup(layer, experts, decode=self.current.decode)
+        chosen = top_k_index.tolist()
+        experts = by_rank(chosen, module.num_experts)  # as a replay of the trace will have them
+        recent = None
+        if len(chosen) > 1:
+            groups = ([chosen[token] for token in group] for group in self.current.recent)
+            recent = [by_rank(group, module.num_experts) for group in groups]
+        if self.current is not self._pass:
+            self._pass, self._held = self.current, self.cache.resident()
+        found = self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent)
+        absent = sum(ExpertKey(layer, expert) not in self._held for expert in experts)
+        if absent:
+            self.transfers.needed_bytes += absent * self._file.layout(layer).record_bytes
         if self.usage is not None:
             self.usage.record(layer, found, self.current.forward)
         self._sort_prefetches(layer, found)
@@ -260,15 +280,20 @@ class ExpertRuntime:
     def _record(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
         assert self.recorder is not None
         now = self.current
-        self.recorder.record(
-            request=now.request,
-            phase=DECODE if now.decode else PREFILL,
-            step=now.step,
-            forward=now.forward,
-            layer=layer,
-            ids=top_k_index.to("cpu", torch.int16, copy=True).numpy(),
-            weights=top_k_weights.to("cpu", torch.float16, copy=True).numpy(),
-        )
+        ids = top_k_index.to("cpu", torch.int16, copy=True).numpy()
+        weights = top_k_weights.to("cpu", torch.float16, copy=True).numpy()
+        first = 0
+        for request, step, count, decode in now.parts or ((now.request, now.step, len(ids), now.decode),):
+            self.recorder.record(
+                request=request,
+                phase=DECODE if decode else PREFILL,
+                step=step,
+                forward=now.forward,
+                layer=layer,
+                ids=ids[first : first + count],
+                weights=weights[first : first + count],
+            )
+            first += count
 
 
 def _experts_function(

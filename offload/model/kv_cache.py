@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from offload.memory.rows import RowMemory
 from offload.model.attention import KEY_BLOCK
 
 
@@ -119,8 +120,9 @@ def _is_attention(layer: Any) -> bool:
 
 
 @torch.inference_mode()
-def kv_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the KV cache at ``tokens`` tokens, by running ``model``, which is on the meta device, for its shapes.
+def kv_row_memory(model: PreTrainedModel, tokens: int) -> RowMemory:
+    """What the KV cache of one sequence of up to ``tokens`` tokens takes, by running ``model``, which is on the meta
+    device, for its shapes. Layers that do not grow with every token count as they are at ``tokens``.
 
     Falls back to keys and values of every layer at full width where a model cannot run on the meta device.
     """
@@ -130,14 +132,20 @@ def kv_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
         model(
             input_ids=torch.zeros((1, tokens), dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True
         )
-        size = sum(_tensor_bytes(layer.__dict__.values()) for layer in cache.layers)
+        growing = sum(_tensor_bytes(layer.__dict__.values()) for layer in cache.layers if type(layer) is DynamicLayer)
+        fixed = sum(_tensor_bytes(layer.__dict__.values()) for layer in cache.layers if type(layer) is not DynamicLayer)
     except Exception:  # data-dependent code has many ways to fail on the meta device
-        size = 0
-    if size:
-        return size
+        growing = fixed = 0
+    if growing or fixed:
+        return RowMemory(fixed, -(-growing // tokens))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
+    return RowMemory(0, 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+
+
+def kv_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the KV cache at ``tokens`` tokens; see :func:`kv_row_memory`."""
+    return kv_row_memory(model, tokens).bytes(tokens)
 
 
 def _tensor_bytes(values: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from cache.events import Events
 from cache.predictors import Predictor, PredictorContext, make_predictor, runtime_predictors
 from offload.model.next_gate import NextGate
 from offload.model.transformers_api import ExpertsModule
@@ -38,8 +39,10 @@ class Foretold:
         return (self.predictor.layer_after(layer), experts) if experts else None
 
 
-def make_prefetcher(name: str, model: torch.nn.Module, modules: list[ExpertsModule]) -> Prefetcher | None:
-    """What ``--prefetch name`` goes by; None for ``off``."""
+def make_prefetcher(
+    name: str, model: torch.nn.Module, modules: list[ExpertsModule], earlier: Events | None = None
+) -> Prefetcher | None:
+    """What ``--prefetch name`` goes by, once it has learned from ``earlier`` events; None for ``off``."""
     makers: dict[str, Callable[[], Prefetcher]] = {"next-gate": lambda: NextGate(model, modules)}
     if name == "off":
         return None
@@ -48,4 +51,8 @@ def make_prefetcher(name: str, model: torch.nn.Module, modules: list[ExpertsModu
     assert name in runtime_predictors()
     layers = tuple(sorted(module.layer for module in modules))
     context = PredictorContext(layers, max(module.num_experts for module in modules))
-    return Foretold(make_predictor(name, context))
+    predictor = make_predictor(name, context)
+    if earlier is not None:
+        for layer, decode, experts in zip(earlier.layer.tolist(), earlier.decode.tolist(), earlier.sets(), strict=True):
+            predictor.record_event(layer, experts, decode=decode)
+    return Foretold(predictor)

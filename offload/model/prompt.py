@@ -6,8 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from offload.checkpoint.gguf_file import gguf_files
+from offload.checkpoint.model_folder import side_folder
 from offload.errors import ModelError, UsageError
 from offload.protocol import Message
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def _gguf_file(path: Path) -> dict[str, str]:
+    """A GGUF model has its tokenizer in its file, unless the original one is beside it."""
+    if any((side_folder(path) / name).exists() for name in _TOKENIZER_FILES) or not (files := gguf_files(path)):
+        return {}
+    return {"gguf_file": files[0].name}
 
 
 class PromptEncoder:
@@ -16,7 +27,9 @@ class PromptEncoder:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                side_folder(folder), trust_remote_code=False, local_files_only=True, **_gguf_file(folder)
+            )
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(

@@ -54,7 +54,7 @@ def load_skeleton(
         keys = [key for key in keys if key not in dense.keys]
         dense.close()
         release_free_memory()
-    api.load_weights(model, source.folder, {key: source.files[key] for key in keys}, source.dtype, device, on_tensor)
+    api.load_weights(model, source.folder, source.tensor_slices(keys), source.dtype, device, on_tensor)
     on_event(LoadProgress("load", total, total, "bytes"))  # buffers are built, not read
     source.close()
     head = model.get_output_embeddings()

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -94,21 +96,18 @@ def register_experts_function(function: ExpertsFunction) -> None:
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, function)
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The checkpoint's config. Raises ModelError if it cannot be read or needs code from the checkpoint."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder / 'config.json'}: the config cannot be used: {reason[:300]}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config
-        method = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
-        raise ModelError(
-            f"{folder}: the checkpoint is quantised ({method}), which is not supported yet; "
-            "use an unquantised (bf16, fp16 or fp32) checkpoint of this model"
-        )
-    return config
+def use_own_names(model: PreTrainedModel) -> None:
+    """Tensors of ``model`` go by its own names from now on: nothing is renamed or converted when it is loaded."""
+    model.__dict__["run_local_names"] = True
+
+
+def row_joiner(patterns: list[str], name: str) -> WeightConverter:
+    """Makes ``name`` of stacked experts' weights, one below the other."""
+    return WeightConverter(patterns, [name], [Concatenate(dim=1)])
+
+
+def _conversion_mapping(model: PreTrainedModel) -> list[Any]:
+    return [] if "run_local_names" in model.__dict__ else list(get_model_conversion_mapping(model))
 
 
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -138,30 +137,6 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrained
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     _apply_dtype_plan(model, dtype)
     return model
-
-
-def default_dtype(config: PretrainedConfig, folder: Path) -> torch.dtype:
-    """The dtype that ``dtype="auto"`` picks in transformers: the config's, or that of the first floating tensor."""
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    for file in sorted(folder.glob("*.safetensors")):
-        with open_safetensors(file) as handle:
-            for key in handle.keys():  # noqa: SIM118 - the handle is no dict
-                found: torch.dtype = handle.get_slice(key)[:0].dtype
-                if found.is_floating_point:
-                    return found
-    return torch.float32
-
-
-def open_safetensors(file: Path) -> Any:
-    """A safetensors file read with pread: nothing of it stays mapped. Raises ModelError if it is damaged."""
-    try:
-        return safe_open(file, framework="pt", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: the file is damaged or incomplete ({error}); download it again") from error
 
 
 @dataclass(frozen=True)
@@ -233,31 +208,30 @@ def take_experts(model: PreTrainedModel, experts: Iterable[ExpertsModule]) -> No
 def load_weights(
     model: PreTrainedModel,
     folder: Path,
-    keys: Mapping[str, Path],
+    tensors: Mapping[str, Any],
     dtype: torch.dtype,
     device: torch.device,
     on_tensor: Callable[[int], None],
 ) -> None:
-    """Load the checkpoint tensors ``keys`` (name -> file) into a meta model, through transformers' own conversion.
+    """Load checkpoint tensors into a meta model, through transformers' own conversion.
 
-    Changes ``model`` in place: weights on ``device`` in the checkpoint's dtype, tied weights tied, buffers built.
+    ``tensors`` gives for each name what is read with ``[...]``. Changes ``model`` in place: weights on ``device`` in
+    the checkpoint's dtype, tied weights tied, buffers built.
     ``on_tensor`` is called with the bytes of each tensor as it is read. Raises ModelError if a weight is missing
     or has another shape than the config says.
     """
-    with contextlib.ExitStack() as stack:
-        handles = {file: stack.enter_context(open_safetensors(file)) for file in set(keys.values())}
-        state = {key: _CountedSlice(handles[file].get_slice(key), on_tensor) for key, file in keys.items()}
-        config = LoadStateDictConfig(
-            pretrained_model_name_or_path=str(folder),
-            device_map={"": device},
-            dtype=dtype,
-            dtype_plan=model._get_dtype_plan(dtype),
-            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
-        )
-        try:
-            info, _ = type(model)._load_pretrained_model(model, state, None, config)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder}: a weight cannot be read ({error})") from error
+    state = {key: _CountedSlice(tensor, on_tensor) for key, tensor in tensors.items()}
+    config = LoadStateDictConfig(
+        pretrained_model_name_or_path=str(folder),
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=_conversion_mapping(model),
+    )
+    try:
+        info, _ = type(model)._load_pretrained_model(model, state, None, config)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder}: a weight cannot be read ({error})") from error
     with contextlib.suppress(RuntimeError):  # raised with a table of what is wrong; its first line is said below
         info = type(model)._finalize_model_loading(model, config, info)
     for problem, names in (
@@ -358,7 +332,7 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str,
     """Of each checkpoint tensor, in the loader's order: its name, the parameter's, and the pattern and converter that
     make the one into the other, if any. ``model`` must still own all its parameters.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = _conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -405,6 +379,20 @@ def _apply_dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if found := pattern.search(name):
             tensor.data = tensor.data.to(plan[name_of[str(found.lastgroup)]])
+
+
+def joined_patterns(converter: WeightConverter | None) -> list[str] | None:
+    """The source patterns of a converter whose tensors stand one below the other in what it makes of one expert.
+
+    Empty without a converter; None for one that does more than stacking experts and joining rows.
+    """
+    if converter is None:
+        return []
+    for operation in converter.operations:
+        stacks = type(operation) is MergeModulelist and operation.dim == 0
+        if not stacks and not (isinstance(operation, Concatenate) and operation.dim == 1):
+            return None
+    return list(converter.source_patterns)
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from offload.config import SamplingSettings
 from offload.events import Done, Event, PrefillProgress, RunStats, Token
+from offload.memory.work import Work
 from tests.tui.fake_engine import FakeEngine, run_stats
 
 
@@ -47,6 +48,9 @@ class FakeBenchEngine(FakeEngine):
         if given == sampling.max_new_tokens:
             yield Token("tail", 0)  # what the detokeniser held back
         yield Done("length", "x" * given, len(ids), given, run_stats())
+
+    def work(self) -> Work:
+        return Work(1000, 100, 10.0)
 
     def ordinary_ids(self) -> list[int]:
         return list(range(100, 200))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import ExpertFileError, RunLocalError, UsageError
 from offload.events import Notice
+from offload.memory.work import Rates, Work, bits_per_weight, bound
 from tests.bench.fake_engine import FakeBenchEngine, lap
 from tests.engines import open_tiny
 from tests.tiny_models import build_tiny
@@ -59,7 +61,7 @@ def test_json_has_the_fields_of_the_statistics_and_the_figures(engine: Engine) -
     assert found["prompt_tokens"] == 7 and found["new_tokens"] == 6
     assert found["ttft_s"] is not None and found["prefill_tokens_per_s"] is not None
     names = {figure.name for figure in TABLE}
-    assert set(bench) == {"prompt_tokens", "warmup_tokens", "new_tokens", "repeat", "runs", "summary"}
+    assert set(bench) == {"prompt_tokens", "warmup_tokens", "new_tokens", "repeat", "rows_at_once", "runs", "summary"}
     assert (bench["warmup_tokens"], bench["repeat"]) == (5, 2)
     assert [set(run) for run in bench["runs"]] == [names | {"seed"}] * 2
     assert set(bench["summary"]) == names
@@ -132,3 +134,29 @@ def test_a_read_error_ends_the_bench(engine: Engine, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("offload.checkpoint.expert_file.ExpertFile.read_into", fail)
     with pytest.raises(RunLocalError, match="record 3 of layer 2"):
         measure(engine, WORK, SamplingSettings(seed=77), 1, lambda notice: None)
+
+
+def test_rows_at_once(tmp_path: Path) -> None:
+    folder = build_tiny("olmoe", tmp_path / "checkpoint")
+    with open_tiny(folder, tmp_path / "packs", residency=0.4, batch_rows=4, row_tokens=24) as several:
+        report = measure(several, Workload(10, 4, 8), SamplingSettings(), 2, lambda notice: None, Rates(1e9, 1e9, 1e9))
+    assert report.to_json()["bench"]["rows_at_once"] == 4
+    assert "4 rows at once" in " ".join(report.summary())
+    for run in report.runs:
+        assert run.prefill.prompt_tokens == 40
+        assert (run.measured.new_tokens, run.measured.decode_passes) == (32, 8)
+        figures = run.figures()
+        # the one slot at the cold end held a record when the pass began: of so few, one a pass weighs much
+        assert figures["decode_read_ratio"] is not None and 1 <= figures["decode_read_ratio"] <= 1.15
+        assert figures["prefill_read_ratio"] is not None and 1 <= figures["prefill_read_ratio"] <= 1.15
+        assert figures["decode_to_bound"] is not None and 0 < figures["decode_to_bound"] < 1
+        assert figures["prefill_to_bound"] is not None and figures["prefill_to_bound"] > 1
+
+
+def test_bounds_are_the_larger_of_reads_and_arithmetic() -> None:
+    work, rates = Work(1000, 100, 50.0), Rates(disk=10.0, weights=1000.0, flops=100.0)
+    few = bound(work, rates, needed_bytes=50, passes=2, accesses=30, tokens=2)
+    assert (few.disk, few.compute, few.seconds) == (5.0, 5.0, 5.0)
+    many = bound(work, rates, needed_bytes=50, passes=1, accesses=10, tokens=40)
+    assert (many.compute, many.seconds) == (20.0, 20.0)
+    assert bits_per_weight("int4", 2) == 4.5 and bits_per_weight("native", 2) == 16

@@ -76,13 +76,14 @@ def partial_of(folder: Path) -> Path:
 def watch_reads(source: CheckpointSource, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Collects (layer, expert) of every expert that is read from now on."""
     seen: list[tuple[int, int]] = []
-    read = source.read_expert
+    name = "read_expert" if source.method is None else "read_published"
+    read = getattr(source, name)
 
-    def watched(module: Any, expert: int, staging: Staging | None = None) -> dict[str, torch.Tensor]:
+    def watched(module: Any, expert: int, staging: Staging | None = None) -> Any:
         seen.append((module.layer, expert))
         return read(module, expert, staging)
 
-    monkeypatch.setattr(source, "read_expert", watched)
+    monkeypatch.setattr(source, name, watched)
     return seen
 
 

@@ -65,7 +65,7 @@ def test_damaged_index(folder: Path, index: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("pytorch_model.bin", "pickled"), ("model.pt", "pickled"), ("m.gguf", "GGUF"), ("a.txt", "no \\*.safetensors")],
+    [("pytorch_model.bin", "pickled"), ("model.pt", "pickled"), ("a.txt", "no \\*.safetensors")],
 )
 def test_folder_without_safetensors(folder: Path, name: str, message: str) -> None:
     (folder / "model.safetensors").unlink()

@@ -116,7 +116,13 @@ def resume_to_the_end(tmp_path: Path) -> None:
     assert ids(tmp_path) == ["line-1", "line-2", "line-3", "line-4"]
 
 
-def test_ctrl_c_drops_the_running_row_and_says_how_to_go_on(tmp_path: Path, waiting: subprocess.Popen[bytes]) -> None:
+def test_a_second_ctrl_c_drops_the_running_row_and_says_how_to_go_on(
+    tmp_path: Path, waiting: subprocess.Popen[bytes]
+) -> None:
+    assert waiting.stderr is not None
+    waiting.send_signal(signal.SIGINT)
+    while b"Ctrl-C again" not in waiting.stderr.readline():
+        assert waiting.poll() is None
     waiting.send_signal(signal.SIGINT)
     _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 130
@@ -124,6 +130,16 @@ def test_ctrl_c_drops_the_running_row_and_says_how_to_go_on(tmp_path: Path, wait
         b"2 rows written, 4 new tokens\ngo on with the same command and --resume\nrun-local: interrupted\n"
     )
     resume_to_the_end(tmp_path)
+
+
+def test_too_many_errors(tmp_path: Path) -> None:
+    result = run(tmp_path, "fails", *BATCH, "--max-errors", "2", "--stats-json", "s.json")
+    assert result.returncode == 1
+    assert ids(tmp_path) == [1, "line-2"]
+    assert b"(--max-errors)" in result.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["batch"]["errors"] == 2
+    for bad in ("0", "x"):
+        assert run(tmp_path, "good", "batch", "in.jsonl", "-o", "o", "--max-errors", bad).returncode == 2
 
 
 def test_a_kill_loses_nothing_that_was_done(tmp_path: Path, waiting: subprocess.Popen[bytes]) -> None:

@@ -18,15 +18,29 @@ MANUAL = (ROOT / "docs" / "command-line.md").read_text("utf-8")
 
 def _parsers() -> dict[str, argparse.ArgumentParser]:
     parser = build_parser()
-    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return {"run-local": parser, **commands.choices}
+    found = {"run-local": parser}
+    for name, command in _below(parser).items():
+        found[name] = command
+        found |= {f"{name} {below}": one for below, one in _below(command).items()}
+    return found
 
 
-@pytest.mark.parametrize("name", ["run-local", "chat", "batch", "plan", "pack", "bench", "models", "completion"])
+def _below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
+
+
+NESTED = [f"trace {name}" for name in ("info", "convert", "merge", "split", "synth")] + ["config show"]
+COMMAND_NAMES = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config", "completion")
+NAMES = ["run-local", *COMMAND_NAMES, *NESTED]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_flag_and_command_is_in_the_manual(name: str) -> None:
     parsers = _parsers()
     if name != "run-local":
-        assert f"\n## {name}\n" in MANUAL
+        heading = f"\n### {name}\n" if " " in name else f"\n## {name}\n"
+        assert heading in MANUAL
     for action in parsers[name]._actions:
         for flag in action.option_strings:
             if flag != "--help":
@@ -34,7 +48,7 @@ def test_every_flag_and_command_is_in_the_manual(name: str) -> None:
 
 
 def test_no_command_is_missing_here() -> None:
-    assert set(_parsers()) == {"run-local", "chat", "batch", "plan", "pack", "bench", "models", "completion"}
+    assert set(_parsers()) == set(NAMES)
 
 
 def test_exit_codes_chat_commands_and_row_fields() -> None:

@@ -28,12 +28,14 @@ def test_defaults_are_those_of_the_settings() -> None:
 
 ALL = {
     "--model": "org/name",
+    "--preset": "mine",
     "--revision": "abc",
     "--device": "cpu",
     "--ram": "2GiB",
     "--residency": "0.25",
     "--ctx": "128",
     "--policy": "lru",
+    "--learn-from": "l.npz",
     "--scope": "layer",
     "--experts-dir": "packs",
     "--prefill-chunk": "64",
@@ -75,6 +77,7 @@ ENGINE = EngineSettings(
     verify=True,
     offline=True,
     trace_out=Path("t.npz"),
+    learn_from=(Path("l.npz"),),
     cache_log=Path("c.log"),
     seed=5,
 )

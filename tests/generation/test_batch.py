@@ -13,7 +13,7 @@ import pytest
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import ModelError, RunLocalError, UsageError
 from offload.events import BatchProgress
-from offload.generation.batch import BatchSummary, parse_row, row_seed, run_batch
+from offload.generation.batch import parse_row, row_seed
 from offload.generation.batch_files import (
     BatchInput,
     BatchOutput,
@@ -23,6 +23,7 @@ from offload.generation.batch_files import (
     open_sink,
     settings_path,
 )
+from offload.generation.batch_run import BatchOptions, BatchSummary, run_batch
 from tests.tui.fake_engine import Answer, FakeEngine
 
 SAMPLING = SamplingSettings(temperature=0.5, max_new_tokens=9)
@@ -172,13 +173,31 @@ def test_a_cancelled_row_is_dropped_and_ends_the_batch() -> None:
     assert summary == BatchSummary(skipped=0, written=1, errors=0, new_tokens=2, interrupted=True)
 
 
-def test_should_stop_cancels_the_running_row_and_starts_no_other() -> None:
-    stop = []
-    engine = FakeEngine([Answer(("a",), on_token=stop.append, waits=True)])
-    summary, rows, _ = batch('{"prompt": "x"}\n' * 2, engine=engine, should_stop=lambda: stop or engine.prompts)
-    assert (rows, summary.interrupted, engine.cancels > 0) == ([], True, True)
+def test_should_stop_finishes_the_running_row_and_starts_no_other() -> None:
+    engine = FakeEngine([Answer(("a", "b"))])
+    summary, rows, _ = batch('{"prompt": "x"}\n' * 3, engine=engine, should_stop=lambda: bool(engine.prompts))
+    assert ([row["text"] for row in rows], summary.interrupted, engine.cancels) == (["ab"], True, 0)
     summary, rows, engine = batch('{"prompt": "x"}', should_stop=lambda: True)
     assert (rows, summary.interrupted, engine.prompts) == ([], True, [])
+    engine = FakeEngine([Answer()])
+    summary, rows, _ = batch('{"prompt": "x"}\n\n', engine=engine, should_stop=lambda: bool(engine.prompts))
+    assert (len(rows), summary.interrupted) == (1, False)  # there was no other
+
+
+def test_should_cancel_drops_the_running_row() -> None:
+    seen: list[int] = []
+    engine = FakeEngine([Answer(("a",), on_token=seen.append, waits=True)])
+    summary, rows, _ = batch('{"prompt": "x"}\n' * 2, engine=engine, should_cancel=lambda: True)
+    assert (rows, summary.interrupted, engine.cancels > 0) == ([], True, True)
+
+
+def test_too_many_errors_end_the_batch() -> None:
+    text = '{"prompt": "x"}\n{}\n{"prompt": "x"}\n[]\n{"prompt": "x"}\n'
+    summary, rows, _ = batch(text, options=BatchOptions(max_errors=2))
+    assert [row["id"] for row in rows] == ["line-1", "line-2", "line-3", "line-4"]
+    assert (summary.gave_up, summary.failed, summary.interrupted) == (True, True, False)
+    assert "stopped because of the errors" in summary.describe()
+    assert not batch(text, options=BatchOptions(max_errors=3))[0].failed
 
 
 def test_as_many_rows_of_an_id_are_skipped_as_were_done() -> None:
@@ -191,10 +210,14 @@ def test_as_many_rows_of_an_id_are_skipped_as_were_done() -> None:
 
 def test_progress_counts_rows_and_tokens() -> None:
     seen: list[BatchProgress] = []
-    batch('{"prompt": "x"}\n{}\n', on_progress=seen.append, rows_total=2)
-    assert seen[0] == BatchProgress(0, 2, 0, 0, 0, 12.34, 0.7)
+    ticks = iter(range(1000))
+    batch('{"prompt": "x"}\n{}\n', on_progress=seen.append, rows_total=2, clock=lambda: next(ticks))
+    assert seen[0] == BatchProgress(0, 2, 0, 0, 0, None, 0.7, running=1)
     assert max(progress.row_tokens for progress in seen) == 2
-    assert seen[-1] == BatchProgress(2, 2, 1, 2, 0, 12.34, 0.7)
+    last = seen[-1]
+    assert (last.rows_done, last.errors, last.new_tokens, last.row_tokens, last.running) == (2, 1, 2, 0, 0)
+    assert last.tokens_per_s is not None and last.tokens_per_s > 0
+    assert (last.bytes_per_token, last.eta_s) == (500, 0)  # 1000 bytes for two tokens; no row is left
 
 
 # The files.

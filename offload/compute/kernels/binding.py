@@ -66,6 +66,7 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         self._linear = library.rl_linear
         self._experts = library.rl_silu_experts
         self._combine = library.rl_combine

@@ -33,3 +33,25 @@ def needs_whole_prompts(model_type: str) -> bool:
     6 % off after a chunked prefill; every other family is exact to rounding).
     """
     return model_type in _WHOLE_PROMPTS
+
+
+_ROWS_MAY_SHARE = frozenset(
+    {
+        "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe", "minimax_m2",
+        "granitemoe", "phimoe", "ernie4_5_moe", "gemma4_text", "aria_text", "beam", "cohere2_moe", "hunyuan_v1_moe",
+        "mimo_v2_flash", "afmoe", "laguna",
+    }
+)  # fmt: skip
+
+
+def rows_may_share(model_type: str) -> bool:
+    """Whether rows of a batch may share one forward pass: checked for these, with tiny models of each.
+
+    Recurrent layers, indexers and compressed keys belong to one row in ways that attention does not show.
+    """
+    return model_type in _ROWS_MAY_SHARE
+
+
+def caches_latents(config: Any) -> bool:
+    """Whether keys and values are made from cached latent states in each forward pass (multi-head latent attention)."""
+    return bool(getattr(config, "kv_lora_rank", None))

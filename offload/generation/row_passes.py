@@ -1,0 +1,86 @@
+"""What a batch of rows needs of an engine: forward passes over its model, counted, and the memory of its rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from offload.events import RowEvent
+from offload.generation.rows import PassPart, RowBatch, RowHost
+from offload.generation.sampling import Sampler
+from offload.memory.plan import Plan
+from offload.meter import Meter
+from offload.model.experts import ExpertRuntime, ForwardPass
+from offload.model.packed import RowAttention, Segment
+from offload.model.row_cache import RowCaches
+from offload.protocol import PreparedRow, TakeRow
+
+
+class RowPasses:
+    """One batch. ``first_request`` and ``first_forward`` number its rows and passes in the routing trace."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        runtime: ExpertRuntime,
+        plan: Plan,
+        meter: Meter,
+        chunk: int,
+        first_request: int,
+        first_forward: int,
+    ) -> None:
+        self.requests, self.forwards = first_request, first_forward
+        self._model = model
+        self._runtime = runtime
+        self._plan = plan
+        self._meter = meter
+        self._chunk = chunk
+        self._first = first_request
+        self._attention = RowAttention(model)
+
+    def run(
+        self, take: TakeRow, tokenizer: Any, stop_ids: frozenset[int], defaults: GenerationConfig
+    ) -> Iterator[RowEvent]:
+        """See :meth:`offload.protocol.RowEngine.generate_rows`."""
+        sizes = self._plan.sizes
+        host = RowHost(
+            tokenizer=tokenizer,
+            stop_ids=stop_ids,
+            sampler=lambda sampling: Sampler(sampling, defaults),
+            run=self._pass,
+            cancelled=self._runtime.cancelled.is_set,
+            on_admit=self._on_admit,
+            on_token=self._on_token,
+            on_shared=self._meter.tally.count_shared,
+        )
+        caches = RowCaches(self._model.config, sizes.row_memory, sizes.kv_bytes, sizes.context_tokens)
+        with self._attention.entered():
+            yield from RowBatch(host, caches, sizes.rows, self._chunk, sizes.context_tokens).run(take)
+
+    @torch.inference_mode()
+    def _pass(self, segments: list[Segment], parts: list[PassPart]) -> torch.Tensor:
+        decode = all(part.decode for part in parts)
+        of_rows = [(self._first + part.row, part.start, part.count, part.decode) for part in parts]
+        ends = accumulate(part.count for part in parts)
+        choosing = [end - 1 for end, part in zip(ends, parts, strict=True) if part.ends]
+        recent = [choosing] if choosing else []
+        self._runtime.current = ForwardPass(*of_rows[0][:2], self.forwards, decode, of_rows, recent)
+        self.forwards += 1
+        began = time.perf_counter()
+        logits = self._attention.run(segments)
+        self._meter.tally.count_pass(time.perf_counter() - began, [part.count for part in parts], decode)
+        return logits
+
+    def _on_admit(self, row: PreparedRow) -> None:
+        self.requests += 1
+        self._meter.tally.prompt_tokens += len(row.ids)
+
+    def _on_token(self) -> None:
+        self._meter.tally.new_tokens += 1
+        if self._meter.tally.new_tokens == 1:
+            self._meter.first_token()

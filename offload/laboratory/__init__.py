@@ -1,0 +1,1 @@
+"""The commands about routing traces and tuning, without a front end. Never imports torch."""

@@ -1,0 +1,74 @@
+"""Runs the replays of a sweep on all cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+from cache.tune import Laboratory, Score, Task
+from offload.events import LoadProgress
+
+_STAGE = "replaying"
+_laboratory: Laboratory | None = None  # of a worker process, which serves one sweep
+
+
+def run_sweep(laboratory: Laboratory, jobs: int | None, on_event: Callable[[LoadProgress], None]) -> dict[Task, Score]:
+    """The scores of all tasks; ``jobs`` None takes as many processes as the process may use cores.
+
+    After Ctrl-C, and after any error, no process is left.
+    """
+    tasks = laboratory.tasks()
+    jobs = min(_cores() if jobs is None else jobs, len(tasks))
+    scores: dict[Task, Score] = {}
+
+    def took(task: Task, score: Score) -> None:
+        scores[task] = score
+        on_event(LoadProgress(_STAGE, len(scores), len(tasks), "steps"))
+
+    on_event(LoadProgress(_STAGE, 0, len(tasks), "steps"))
+    if jobs <= 1:
+        for task in tasks:
+            took(task, laboratory.run(task))
+        return scores
+    # fresh processes: a fork would copy the locks of the progress bar's thread in whatever state they are
+    with _interrupts_wait():
+        pool = multiprocessing.get_context("spawn").Pool(jobs, _start_worker, (laboratory,))
+    with pool:
+        for task, score in pool.imap_unordered(_run, tasks):
+            took(task, score)
+    return scores
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold SIGINT back. Processes that are started meanwhile never get it: Ctrl-C goes to the whole group, and each of
+    them would complain about it; it is for the parent to end them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # whose start would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(laboratory: Laboratory) -> None:
+    global _laboratory
+    _laboratory = laboratory
+
+
+def _run(task: Task) -> tuple[Task, Score]:
+    assert _laboratory is not None
+    return task, _laboratory.run(task)

@@ -1,0 +1,60 @@
+"""How many rows of a batch are in flight at once: a pure function of sizes and rates. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
+DISK_BYTES_PER_S = 1.5e9
+MEMORY_BYTES_PER_S = 10e9
+"""Rates of a machine that was not measured. Only what they are to each other decides."""
+_NEXT_ROW = 0.25
+"""What a further row's arithmetic costs, as a share of the first one's, which waits for the memory."""
+_GOOD_ENOUGH = 0.95
+"""The fewest rows that reach this share of the best rate are chosen: more take memory and let each row wait longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowMemory:
+    """What the KV cache of one row takes: ``fixed`` bytes (sliding windows) and ``per_token`` bytes."""
+
+    fixed: int
+    per_token: int
+
+    def bytes(self, tokens: int) -> int:
+        return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class GainCurve:
+    """What more rows in a decode pass bring. Sizes in bytes, rates in bytes a second.
+
+    Each of ``layers`` has ``experts`` experts of ``record_bytes``, of which a token takes ``top_k``.
+    """
+
+    layers: int
+    experts: float
+    top_k: int
+    record_bytes: int
+    skeleton_bytes: int
+    disk: float = DISK_BYTES_PER_S
+    memory: float = MEMORY_BYTES_PER_S
+
+    def distinct(self, rows: int) -> float:
+        """Experts of a layer that ``rows`` tokens take together, if all are as likely: real routers take fewer."""
+        return self.experts * (1 - (1 - min(1.0, self.top_k / self.experts)) ** rows)
+
+    def tokens_per_s(self, rows: int, slots: int) -> float:
+        """Expected rate of decoding, where ``slots`` records are resident whoever asks for them."""
+        missing = max(0.0, 1 - slots / (self.layers * self.experts))
+        needed = self.layers * self.distinct(rows) * self.record_bytes
+        first = self.skeleton_bytes + self.layers * self.top_k * self.record_bytes
+        compute = (self.skeleton_bytes + needed + _NEXT_ROW * (rows - 1) * first) / self.memory
+        return rows / (needed * missing / self.disk + compute)
+
+    def choose(self, slots: Mapping[int, int]) -> int:
+        """The number of rows to run at once, of those in ``slots``, which tells what each leaves for experts."""
+        rates = {rows: self.tokens_per_s(rows, left) for rows, left in slots.items()}
+        best = max(rates.values())
+        return min(rows for rows, rate in rates.items() if rate >= _GOOD_ENOUGH * best)

@@ -1,0 +1,55 @@
+"""The least time that a part of a run can take: its reads at the disk's rate, its arithmetic at the kernels'.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_BITS = {"int8": 8.25, "int4": 4.5, "int4-g32": 5.0, "int4-g128": 4.25, "mixed": 5.75}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one forward pass has to do. ``skeleton_bytes`` are multiplied in every pass, ``record_bytes`` for every
+    expert that it takes; ``token_flops`` is what each token costs.
+    """
+
+    skeleton_bytes: int
+    record_bytes: int
+    token_flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of a machine: bytes a second from disk, bytes of weights a second with one token, products with many a second."""
+
+    disk: float
+    weights: float
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Seconds that no run can beat: reading and computing can overlap, so it is the larger of both."""
+
+    disk: float
+    compute: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.disk, self.compute)
+
+
+def bits_per_weight(name: str, itemsize: int) -> float:
+    """Of a weight format; ``itemsize`` is that of the checkpoint's dtype."""
+    return _BITS.get(name, 8.0 * itemsize)
+
+
+def bound(work: Work, rates: Rates, *, needed_bytes: int, passes: int, accesses: int, tokens: int) -> Bound:
+    """Of ``passes`` forward passes over ``tokens`` tokens together, that took ``accesses`` distinct experts in all
+    their events and needed ``needed_bytes`` of records that were not held.
+    """
+    streamed = (passes * work.skeleton_bytes + accesses * work.record_bytes) / rates.weights
+    return Bound(needed_bytes / rates.disk, max(streamed, tokens * work.token_flops / rates.flops))
