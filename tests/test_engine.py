@@ -235,7 +235,7 @@ def test_statistics_are_true_sums(engine: Engine) -> None:
     assert set(stats.to_json()) == {
         "model", "device", "format", "dense_format", "policy", "scope", "prefetch", "seed", "prompt_tokens",
         "new_tokens", "start_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds", "memory",
-        "prefilled_tokens", "prefill_passes", "decode_passes", "shared_prompt_tokens",
+        "prefilled_tokens", "prefill_passes", "decode_passes", "shared_prompt_tokens", "host_tier", "virtual",
     }  # fmt: skip
     json.dumps(stats.to_json(), allow_nan=False)
 
@@ -292,7 +292,7 @@ def test_the_plan_needs_no_weights(checkpoint: Path, tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"not read")
-    plan = plan_model(EngineSettings(model=str(tmp_path), context_tokens=64), lambda event: None)
+    plan = plan_model(EngineSettings(model=str(tmp_path), context_tokens=64), lambda event: None).plan
     assert plan.sizes.num_experts == 32
     assert [name for name, _, _ in plan.rows()][-2:] == ["expert slots", "unused"]
 

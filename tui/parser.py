@@ -1,4 +1,4 @@
-"""The argument parser of every command: its errors are the program's own, and the version is looked up when asked for."""
+"""The argument parser of every command: its errors are the program's own, the version is looked up when asked for."""
 
 from __future__ import annotations
 
