@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _add_command(commands, "plan", _plan, "show what memory a model would take", ("model", "format", "memory"))
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    plan.add_argument("--hardware", metavar="NAME", help="plan for this machine (rtx4060, or a file) and say how fast")
 
     pack = _add_command(commands, "pack", _pack, "write a model's experts to an expert file", ("model", "format"))
     pack.add_argument("-o", "--output", metavar="DIR", help="the pack's own folder (default: one in the packs folder)")
@@ -283,7 +284,7 @@ def _plan(arguments: argparse.Namespace, values: FlagValues) -> int:
     with LoadReporter(screen) as report:
         from offload.engine import plan_model
 
-        plan = plan_model(settings, report)
+        plan = plan_model(settings, report, arguments.hardware)
     if arguments.json:
         screen.answer(json.dumps(plan.to_json(), ensure_ascii=False, indent=2) + "\n")
     else:

@@ -101,6 +101,16 @@ class LoggedCache(ExpertCache):
         super().clear()
         self.log.append(("clear",))
 
+    def retire(self, wanted: int, segment: int = 1) -> list[int]:
+        gone = super().retire(wanted, segment)
+        self.log.append(("retire", wanted, segment, gone))
+        return gone
+
+    def grow(self, slots: Iterable[int]) -> None:
+        slots = list(slots)
+        super().grow(slots)
+        self.log.append(("grow", slots))
+
     def change_setup(self, setup: CacheSetup) -> None:
         """:meth:`change_policy` in a form that can be repeated."""
         self.change_policy(setup.make_policy(), setup.shared_layers())
@@ -203,6 +213,8 @@ _CALLS: dict[str, Any] = {
     "release": lambda cache, a: (None, cache.release(ExpertKey(*a[0]))),
     "end_event": lambda cache, a: (None, cache.end_event()),
     "clear": lambda cache, a: (None, cache.clear()),
+    "retire": lambda cache, a: (a[2], cache.retire(a[0], a[1])),
+    "grow": lambda cache, a: (None, cache.grow(a[0])),
     "change": _change,
 }
 

@@ -111,10 +111,11 @@ class ExpertCache:
         self._passing: dict[ExpertKey, None] = {}  # records at the cold end, the oldest first
         self._most_passing = max(1, min(_MOST_PASSING, slots // 8))
         self._recent: frozenset[ExpertKey] | None = None  # of the open event, if it streams
+        self._retired: set[int] = set()  # numbers of slots that have no memory
 
     @property
     def slots(self) -> int:
-        return len(self._key)
+        return len(self._key) - len(self._retired)
 
     def state(self, key: ExpertKey) -> SlotState:
         """EMPTY means: not resident."""
@@ -238,7 +239,7 @@ class ExpertCache:
             return []
         layer = missing[0].layer
         if self._share is None:
-            room, scope = len(self._key) // 4 - len(self._loading), None
+            room, scope = self.slots // 4 - len(self._loading), None
         else:
             room, scope = self._share[layer] // 4 - sum(key.layer == layer for key in self._loading), layer
         wanted = missing[: max(0, room)]
@@ -271,6 +272,53 @@ class ExpertCache:
         self._needed = set()
         self._recent = None
 
+    def retire(self, wanted: int, segment: int = 1) -> list[int]:
+        """Give up about ``wanted`` slots between two events; returns their numbers.
+
+        Slots go by whole segments of ``segment``, those whose records the policy misses least; at least one segment
+        stays. Raises RuntimeError if an event is open or a record is loading.
+        """
+        if self._event or self._loading:
+            raise RuntimeError("retire: an event is open or a record is loading")
+        cold = self.policy.victims(len(self._slot), ()) or []
+        warmth = {key: place for place, key in enumerate(cold, 1)}
+        segments: defaultdict[int, int] = defaultdict(int)
+        members: defaultdict[int, list[int]] = defaultdict(list)
+        for slot, key in enumerate(self._key):
+            if slot not in self._retired:
+                segments[slot // segment] += 0 if key is None else warmth[key]
+                members[slot // segment].append(slot)
+        order = sorted(segments, key=lambda number: (segments[number], -number))
+        gone: list[int] = []
+        for number in order[:-1]:
+            if len(gone) >= wanted:
+                break
+            gone += members[number]
+        for slot in gone:
+            if (resident := self._key[slot]) is not None:
+                self._vacate(resident)
+                self.counters.evictions += 1
+        self._retired.update(gone)
+        self._free = [slot for slot in self._free if slot not in self._retired]
+        self._share_out()
+        return gone
+
+    def grow(self, slots: Iterable[int]) -> None:
+        """Take slots of these numbers into use, retired ones or new ones. Raises ValueError for one in use."""
+        for slot in slots:
+            if slot < len(self._key) and slot not in self._retired:
+                raise ValueError(f"grow: slot {slot} is in use")
+            while slot >= len(self._key):
+                self._retired.add(len(self._key))
+                self._key.append(None)
+            self._retired.remove(slot)
+            self._free.append(slot)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        if self._share is not None:
+            self._share = layer_shares(self.slots, self._share)
+
     def clear(self) -> None:
         """Empty all slots between two events; what the policy has learned stays. Raises RuntimeError within one."""
         if self._event or self._loading:
@@ -284,7 +332,9 @@ class ExpertCache:
         assert held == self._slot, "keys and slots name each other"
         assert len(self._free) == len(set(self._free)), "a free slot is free once"
         for slot, key in enumerate(self._key):
-            assert (key is None) == (slot in self._free), f"slot {slot} is consistent"
+            empty = slot in self._free or slot in self._retired
+            assert (key is None) == empty, f"slot {slot} is consistent"
+        assert self._retired.isdisjoint(self._free), "a retired slot is not free"
         assert self._loading <= self._slot.keys(), "what is loading has a slot"
         assert self._passing.keys() <= self._slot.keys(), "what passes through has a slot"
         assert self._needed <= set(self._event), "only keys of the open event are needed"

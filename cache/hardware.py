@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cache.machines import load_machine, machine_names
+
 
 class HardwareError(ValueError):
     """A machine that is not known, or rates that make no sense; the message says which there are."""
@@ -51,19 +53,22 @@ class Hardware:
             raise HardwareError(f"hardware {self.name}: without disk and link there is nothing to wait for")
 
 
-# The makers' figures for memory and bus, times what is reached in practice: 85 % of a memory's rate by kernels that
-# stream weights, 80 % of the bus by pinned copies (PCIe 4.0 x16: 31.5 GB/s), 5 GB/s by random reads of a PCIe 4.0 NVMe
-# disk. Specifications: NVIDIA's product pages (RTX 3060 360 GB/s, 3090 936, 4090 1008, 5090 1792 on PCIe 5.0).
-HARDWARE: dict[str, Hardware] = {
-    hardware.name: hardware
-    for hardware in (
-        Hardware("rtx3060", 5e9, 25e9, 306e9, load_s=20e-6, event_s=30e-6),
-        Hardware("rtx3090", 5e9, 25e9, 795e9, load_s=20e-6, event_s=30e-6),
-        Hardware("rtx4090", 5e9, 25e9, 857e9, load_s=20e-6, event_s=30e-6),
-        Hardware("rtx5090", 10e9, 50e9, 1523e9, load_s=20e-6, event_s=30e-6),
-        # two channels of DDR5-5600 (89.6 GB/s) and the same disk; no GPU
-        Hardware("laptop", 3e9, None, 60e9, load_s=50e-6, event_s=30e-6),
+def _of_machine(name: str) -> Hardware:
+    machine = load_machine(name)
+    return Hardware(
+        name,
+        machine.disk_bytes_per_s,
+        machine.link_bytes_per_s,
+        machine.expert_bytes_per_s,
+        load_s=machine.load_s,
+        event_s=machine.event_s,
     )
+
+
+# Machines with a GPU have a file each with the sources of their figures (cache/machines). The laptop without one has
+# two channels of DDR5-5600 (89.6 GB/s) and a PCIe 4.0 disk.
+HARDWARE: dict[str, Hardware] = {name: _of_machine(name) for name in machine_names()} | {
+    "laptop": Hardware("laptop", 3e9, None, 60e9, load_s=50e-6, event_s=30e-6)
 }
 
 

@@ -23,7 +23,8 @@ DEFAULT_PREFILL_CHUNK = 512
 MAX_BATCH_ROWS = 256
 DEFAULT_POLICY = "foresight"
 DEFAULT_SCOPE = "global"
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "cuda", "simulated")
+TIERS = ("inclusive", "exclusive")
 FORMATS = ("native", "int8", "int4", "int4-g32", "int4-g128", "mixed")
 DENSE_FORMATS = ("native", "int8", "int4")
 KERNELS = ("auto", "torch")
@@ -140,6 +141,8 @@ class EngineSettings:
     revision: str | None = None
     device: str = "auto"
     ram: int | None = None
+    vram: int | None = None
+    tiers: str = "inclusive"
     residency: float | None = None
     context_tokens: int | None = None
     format: str = "native"
@@ -162,9 +165,10 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         _check(bool(self.model.strip()), "--model: the name is empty; give a folder, a hub id (org/name) or 'demo'")
+        kind, _, detail = self.device.partition(":")
         _check(
-            self.device in DEVICES,
-            f"--device: '{self.device}' is not one of {', '.join(DEVICES)} (other devices are not supported yet)",
+            kind in DEVICES and (not detail or kind in ("cuda", "simulated")),
+            f"--device: '{self.device}' is not one of {', '.join(DEVICES)}, cuda:NUMBER or simulated:HARDWARE",
         )
         for flag, value, known in (
             ("--format", self.format, FORMATS),
@@ -172,9 +176,11 @@ class EngineSettings:
             ("--kernels", self.kernels, KERNELS),
             ("--scope", self.scope, SCOPES),
             ("--prefetch", self.prefetch, PREFETCHES),
+            ("--tiers", self.tiers, TIERS),
         ):
             _check(value in known, f"{flag}: '{value}' is not one of {', '.join(known)}")
         _check(self.ram is None or self.ram >= 1, "--ram must be above zero")
+        _check(self.vram is None or self.vram >= 1, "--vram must be above zero")
         _check(
             self.residency is None or 0 < self.residency <= 1, "--residency must be above 0 and at most 1 (0.5 is half)"
         )

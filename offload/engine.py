@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -24,32 +24,31 @@ from cache.trace import TraceRecorder
 from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
-from offload.devices import SlotArena
-from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import Done, Event, FinishReason, LiveChanges, PrefillProgress, RowEvent, RunStats, Token
+from offload.errors import Cancelled, RunLocalError, UsageError
+from offload.events import Done, Event, FinishReason, LiveChanges, Notice, PrefillProgress, RowEvent, RunStats, Token
 from offload.generation.row_passes import RowPasses
 from offload.generation.sampling import Sampler, stop_ids
+from offload.generation.scoring import score_chunk, score_pieces
 from offload.generation.text import Detokenizer, StopStrings
 from offload.learning import check_earlier
 from offload.live import LiveMethods, LiveView, Recording, Watched, save_file
-from offload.memory.lanes import DiskLane
-from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
+from offload.memory.resize import Rooms
+from offload.memory.storage import AnyPlan, Storage
 from offload.memory.work import Work
 from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
 from offload.model.prefetchers import Prefetcher, make_prefetcher
-from offload.model.prompt import PromptEncoder
+from offload.model.prompt import PromptEncoder, checked_ids, fitting_ids
 from offload.model.transformers_api import ExpertsModule
 from offload.model.work import model_work
 from offload.protocol import Message, OnLoad, PreparedRow, TakeRow
 
-_SCORED_LOGITS_BYTES = 32 * 2**20
-"""Most logits that one forward pass of :meth:`Engine.score` makes. The plan counts those of one position: these live on
-its margin, and on what a pass of fewer tokens leaves of its activations."""
-_SCORED_PIECE_BYTES = 2 * 2**20
+if TYPE_CHECKING:
+    from offload.opening import PlannedModel
+
 SEED_TOKENS = 8
 """So many last tokens of a prompt tell the expert cache what decoding is likely to use."""
 
@@ -70,16 +69,18 @@ def open_engine(settings: EngineSettings, on_event: OnLoad) -> Engine:
     return Engine(**open_model(settings, on_event))
 
 
-def plan_model(settings: EngineSettings, on_event: OnLoad) -> Plan:
-    """The memory plan of ``settings.model``, from its config alone: no weights are read, packed or downloaded."""
+def plan_model(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:
+    """The memory plan of ``settings.model``, from its config alone: no weights are read, packed or downloaded.
+
+    With ``hardware`` it is the plan for that machine, with the speed to expect. Raises UsageError if there is no such.
+    """
     from offload.opening import plan_only
 
-    return plan_only(settings, on_event)
+    return plan_only(settings, on_event, hardware)
 
 
 class Engine(LiveMethods):
-    """One loaded model with one conversation's KV cache. Implements :class:`offload.protocol.BenchEngine` and
-    :class:`offload.protocol.LiveEngine`."""
+    """One loaded model with one conversation's KV cache. Implements the engines of :mod:`offload.protocol`."""
 
     def __init__(
         self,
@@ -88,12 +89,11 @@ class Engine(LiveMethods):
         decoding: AbstractContextManager[None],
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
-        plan: Plan,
+        plan: AnyPlan,
         labels: RunLabels,
         runtime: ExpertRuntime,
-        lane: DiskLane,
+        storage: Storage,
         file: ExpertFile,
-        arena: SlotArena,
         live: LiveView,
         new_recorder: Callable[[], TraceRecorder],
         modules: list[ExpertsModule],
@@ -106,9 +106,9 @@ class Engine(LiveMethods):
         self._plan = plan
         self._labels = labels
         self._runtime = runtime
-        self._lane = lane
+        self._storage = storage
+        self._device = storage.device
         self._file = file
-        self._arena = arena
         super().__init__(live, Recording(runtime, new_recorder))
         self._modules = modules
         self._settings = settings
@@ -121,12 +121,14 @@ class Engine(LiveMethods):
         self._seed: int | None = None
         self._requests = self._forwards = 0
         self._closed = False
+        self._notices: list[Notice] = []
+        self._rooms = Rooms(runtime, storage, plan)
+        self._plan = self._rooms.plan  # with the slots that the device gave
         self._stop_ids = stop_ids(generation_config, encoder.eos_id)
         accepted = inspect.signature(model.forward).parameters
         self._forward_options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._vocabulary: int = model.config.get_text_config().vocab_size
-        scored = max(1, _SCORED_LOGITS_BYTES // (model.dtype.itemsize * self._vocabulary))
-        self._score_chunk = min(scored, self._prefill_chunk)
+        self._score_chunk = score_chunk(model.dtype.itemsize, self._vocabulary, self._prefill_chunk)
         self._score_tokens = self._score_chunk if whole_prompts else self.context_tokens
 
     @property
@@ -142,7 +144,7 @@ class Engine(LiveMethods):
         return self._plan.budget
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> AnyPlan:
         return self._plan
 
     @property
@@ -155,7 +157,7 @@ class Engine(LiveMethods):
 
     def generate_ids(self, ids: Sequence[int], sampling: SamplingSettings) -> Iterator[Event]:
         """See :meth:`offload.protocol.BenchEngine.generate_ids`. The ids are checked before this returns."""
-        ids = self._fitting(ids)
+        ids = fitting_ids(ids, self._vocabulary, self.context_tokens)
         sampler = Sampler(sampling, self._defaults)
         self._seed = sampler.seed
         self._runtime.cancelled.clear()
@@ -171,7 +173,8 @@ class Engine(LiveMethods):
 
     def prepare(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> PreparedRow:
         """See :meth:`offload.protocol.RowEngine.prepare`."""
-        return PreparedRow(tuple(self._fitting(self._encoder.encode(prompt))), sampling)
+        ids = self._encoder.encode(prompt)
+        return PreparedRow(tuple(fitting_ids(ids, self._vocabulary, self.context_tokens)), sampling)
 
     def generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
         """See :meth:`offload.protocol.RowEngine.generate_rows`. Forgets the conversation.
@@ -222,7 +225,7 @@ class Engine(LiveMethods):
         Raises UsageError (before the first piece) for ids that are not in the vocabulary or too many, and the error of
         a failed load.
         """
-        ids = self._checked(ids)
+        ids = checked_ids(ids, self._vocabulary)
         if len(ids) > self._score_tokens:
             raise UsageError(f"{len(ids)} tokens are more than the {self._score_tokens} that can be scored at once")
         self._runtime.cancelled.clear()
@@ -233,26 +236,22 @@ class Engine(LiveMethods):
         self._kv.reset()
 
     def stats(self) -> RunStats:
-        return run_stats(self._so_far(), self._labels, self._plan, self._seed)
+        return run_stats(self._so_far(), self._labels, self._plan, self._device, self._seed)
 
     def lap(self) -> RunStats:
         """See :meth:`offload.protocol.BenchEngine.lap`."""
         now = self._so_far()
         part, self._lap = now.since(self._lap), now
-        return run_stats(part, self._labels, self._plan, self._seed)
+        return run_stats(part, self._labels, self._plan, self._device, self._seed)
 
     def _so_far(self) -> Tally:
         """Sums since the opening, the running generation included."""
-        now = Tally()
-        now.add(self._session)
-        if self._meter is not None:
-            now.add(self._meter.read())
-        return now
+        return self._session.plus(self._meter.read() if self._meter is not None else Tally())
 
     def _watched(self) -> Watched:
         with self._live.lock:
-            sums = self._session.plus(self._meter.peek() if self._meter is not None else Tally())
-        stats = run_stats(sums, self._labels, self._plan, self._seed)
+            sums = self._session.plus(self._meter.peek(self._live.stall_link) if self._meter is not None else Tally())
+        stats = run_stats(sums, self._labels, self._plan, self._device, self._seed)
         return Watched(sums, stats, len(self._kv.tokens), self._plan, self._settings)
 
     def change(self, changes: LiveChanges) -> None:
@@ -261,7 +260,10 @@ class Engine(LiveMethods):
         def prefetcher(name: str) -> Prefetcher | None:
             return make_prefetcher(name, self._model, self._modules)
 
+        plan = self._rooms.planned(changes)
+        changes = dataclasses.replace(changes, residency=None, ram=None, vram=None)
         self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher)
+        self._plan = self._rooms.follow(plan)
         now = self._settings
         self._labels = dataclasses.replace(self._labels, policy=now.policy, scope=now.scope, prefetch=now.prefetch)
 
@@ -274,9 +276,8 @@ class Engine(LiveMethods):
             return
         self._closed = True
         self._runtime.close()
-        self._lane.close()
+        self._storage.close()
         self._file.close()
-        self._arena.close()
         cache, recorder = self._runtime.cache, self._runtime.recorder
         outputs: list[tuple[str, Path | None, Callable[[Path], None] | None]] = [
             ("--trace-out", self._settings.trace_out, recorder.save if recorder is not None else None),
@@ -296,7 +297,7 @@ class Engine(LiveMethods):
 
     def _generate(self, ids: list[int], sampler: Sampler, sampling: SamplingSettings) -> Iterator[Event]:
         """The stream of one answer. Always ends with Done, unless the consumer drops it."""
-        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
+        meter = self._meter = Meter(self._runtime, self._device)
         tally = meter.tally
         tally.prompt_tokens = len(ids)
         detokenizer = Detokenizer(self._encoder.tokenizer, ids)
@@ -327,6 +328,7 @@ class Engine(LiveMethods):
                     break
                 if len(tokens) < limit:
                     logits = self._decode(token, tally)
+                    yield from self._said()
         except Cancelled:
             reason = "cancelled"
         except RunLocalError as error:
@@ -337,7 +339,7 @@ class Engine(LiveMethods):
         if tail:
             shown.append(tail)
             yield Token(tail, tokens[-1])
-        stats = run_stats(tally, self._labels, self._plan, self._seed)
+        stats = run_stats(tally, self._labels, self._plan, self._device, self._seed)
         yield Done(reason, "".join(shown), len(ids), tally.new_tokens, stats, failure)
 
     def _prefill(self, ids: list[int], tally: Tally) -> Generator[Event, None, torch.Tensor]:
@@ -347,26 +349,31 @@ class Engine(LiveMethods):
         logits = torch.empty(0)
         for start in range(reused, len(ids), self._prefill_chunk):
             part = ids[start : start + self._prefill_chunk]
-            began = time.perf_counter()
+            began = self._device.now()
             recent = range(max(0, len(part) - SEED_TOKENS), len(part)) if start + len(part) == len(ids) else ()
             logits = self._forward(part, decode=False, recent=recent)[-1]
-            tally.count_pass(time.perf_counter() - began, [len(part)], decode=False)
+            tally.count_pass(self._device.now() - began, [len(part)], decode=False)
+            yield from self._said()
             yield PrefillProgress(start + len(part), len(ids), reused)
         return logits
 
+    def _said(self) -> Iterator[Notice]:
+        while self._notices:
+            yield self._notices.pop(0)
+
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         self._live.start_token()
-        began = time.perf_counter()
+        began = self._device.now()
         with self._decoding:
             logits = self._forward([token], decode=True)[-1]
-        tally.count_pass(seconds := time.perf_counter() - began, [1], decode=True)
+        tally.count_pass(seconds := self._device.now() - began, [1], decode=True)
         self._live.end_token(seconds)
         return logits
 
     def _generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
-        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
+        meter = self._meter = Meter(self._runtime, self._device)
         passes = RowPasses(
-            self._model, self._runtime, self._plan, meter, self._prefill_chunk, self._requests, self._forwards
+            self._model, self._runtime, self._plan.sizes, meter, self._prefill_chunk, self._requests, self._forwards
         )
         try:
             yield from passes.run(take, self._encoder.tokenizer, self._stop_ids, self._defaults)
@@ -376,43 +383,22 @@ class Engine(LiveMethods):
 
     def _score(self, ids: list[int]) -> Iterator[torch.Tensor]:
         """The pieces of :meth:`score`."""
-        meter = self._meter = Meter(self._runtime.cache, self._runtime, self._lane)
+        meter = self._meter = Meter(self._runtime, self._device)
         meter.tally.prompt_tokens = len(ids)
         self._requests += 1
-        rows = max(1, _SCORED_PIECE_BYTES // (4 * self._vocabulary))
         self.reset()
+
+        def forward(part: list[int]) -> torch.Tensor:
+            began = self._device.now()
+            logits = self._forward(part, decode=False, all_positions=True)
+            meter.tally.count_pass(self._device.now() - began, [len(part)], decode=False)
+            return logits
+
         try:
-            for start in range(0, len(ids), self._score_chunk):
-                part = ids[start : start + self._score_chunk]
-                began = time.perf_counter()
-                logits = self._forward(part, decode=False, all_positions=True)
-                meter.tally.count_pass(time.perf_counter() - began, [len(part)], decode=False)
-                for piece in logits.split(rows):
-                    yield piece.to("cpu", torch.float32, copy=True)  # a view would keep all of them
-                del logits, piece  # before the next pass makes its own
+            yield from score_pieces(forward, ids, self._score_chunk, self._vocabulary)
         finally:
             self._close_meter(meter)
             self.reset()
-
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        """``ids`` as a list. Raises UsageError if there are none or one is not in the vocabulary."""
-        if not ids:
-            raise UsageError("the prompt is empty")
-        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            raise UsageError(f"the prompt has token ids outside of the vocabulary (0 to {self._vocabulary - 1})")
-        return list(ids)
-
-    def _fitting(self, ids: Sequence[int]) -> list[int]:
-        """``ids`` as a list. Raises UsageError as :meth:`_checked` does, ContextError if they do not fit."""
-        ids = self._checked(ids)
-        if len(ids) >= self.context_tokens:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens, but the context holds {self.context_tokens} with at least one new "
-                "token; shorten it or give a larger --ctx",
-                len(ids),
-                self.context_tokens,
-            )
-        return ids
 
     def _close_meter(self, meter: Meter) -> None:
         with self._live.lock:
@@ -420,29 +406,45 @@ class Engine(LiveMethods):
             if self._meter is meter:
                 self._meter = None
 
-    @torch.inference_mode()
     def _forward(
         self, tokens: list[int], *, decode: bool, all_positions: bool = False, recent: Sequence[int] = ()
     ) -> torch.Tensor:
-        """Run ``tokens`` on top of the KV cache; returns logits [n, V] that end with the last position's.
+        """Run ``tokens`` on top of the KV cache; returns logits [n, V] on the CPU that end with the last position's.
 
         ``all_positions``: those of all tokens. ``recent``: places of the tokens that say what comes next. On any error
-        the KV cache forgets what this pass added.
+        the KV cache forgets what this pass added. Where the device's memory is used up, slots are given up until the
+        pass fits; :attr:`_notices` says so.
         """
+        while True:
+            before = list(self._kv.tokens)
+            try:
+                return self._pass(tokens, decode, all_positions, recent)
+            except Exception as error:
+                if not self._device.out_of_memory(error):
+                    raise
+                self._notices.append(Notice(self._rooms.make_room(error)))
+                self._plan = self._rooms.plan
+            lost = before[len(self._kv.tokens) :]  # a recurrent state cannot go back a step
+            for start in range(0, len(lost), self._prefill_chunk):
+                self._forward(lost[start : start + self._prefill_chunk], decode=False)
+
+    @torch.inference_mode()
+    def _pass(self, tokens: list[int], decode: bool, all_positions: bool, recent: Sequence[int]) -> torch.Tensor:
         self._forwards += 1
         self._runtime.current = ForwardPass(
             self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode, recent=[(token,) for token in recent]
         )
         try:
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=self._model.device),
-                past_key_values=self._kv.cache,
-                use_cache=True,
-                **({} if all_positions else self._forward_options),
-            )
+            with self._device.running():
+                output = self._model(
+                    input_ids=torch.tensor([tokens], device=self._device.torch_device),
+                    past_key_values=self._kv.cache,
+                    use_cache=True,
+                    **({} if all_positions else self._forward_options),
+                )
+                logits: torch.Tensor = output.logits[0].to("cpu")
         except BaseException:
             self._kv.after_failure()
             raise
         self._kv.tokens += tokens
-        logits: torch.Tensor = output.logits[0]
         return logits

@@ -27,6 +27,10 @@ class BudgetError(RunLocalError):
     """The budget cannot hold what must be resident; the message names the smallest one that works."""
 
 
+class DeviceError(RunLocalError):
+    """The device that was asked for is not there, or cannot be used."""
+
+
 class ContextError(RunLocalError):
     """The prompt does not fit the context.
 

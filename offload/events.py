@@ -74,13 +74,14 @@ class ExpertStats:
 @dataclass(frozen=True, slots=True)
 class ByteStats:
     """``needed`` are the bytes of the distinct records that forward passes took and that were not held when the pass
-    began: what had to be read.
+    began: what had to be read. ``host_to_device`` and ``device_to_host`` are None where slots are host memory.
     """
 
     disk_read: int
     host_to_device: int | None
     per_decode_token: float | None
     needed: int | None = None
+    device_to_host: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +109,24 @@ class MemoryStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TierStats:
+    """The host tier: of the records that the device lacked, how many lay there. ``demoted`` came from the device."""
+
+    slots: int
+    hits: int
+    misses: int
+    hit_rate: float | None
+    demoted: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunStats:
     """Statistics of one generation or of a whole session. Field names are those of ``--stats-json``.
 
     ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
     first token. ``shared_prompt_tokens`` of the ``prompt_tokens`` were copied from another row of a batch;
     ``decode_passes`` are the forward passes in which rows only decoded; ``prefill_passes`` ran ``prefilled_tokens``.
+    ``virtual``: seconds and rates are not this machine's but those that a simulated one would have.
     """
 
     model: str
@@ -138,6 +151,8 @@ class RunStats:
     decode_passes: int = 0
     prefill_passes: int = 0
     prefilled_tokens: int = 0
+    host_tier: TierStats | None = None
+    virtual: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``--stats-json`` writes."""
@@ -156,7 +171,7 @@ class Done:
     error: str | None = None
 
 
-Event = PrefillProgress | Token | Done
+Event = PrefillProgress | Token | Notice | Done
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +241,8 @@ class TokenSample:
 class LiveChanges:
     """What can be changed while a model is loaded. None leaves a setting as it is.
 
-    ``residency`` is a share of all experts, ``ram`` the process's budget in bytes.
+    ``residency`` is a share of all experts, ``ram`` the process's budget in bytes, ``vram`` that of the device's own
+    memory.
     """
 
     policy: str | None = None
@@ -234,7 +250,7 @@ class LiveChanges:
     prefetch: str | None = None
     residency: float | None = None
     ram: int | None = None
-    miss: str | None = None
+    vram: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

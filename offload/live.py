@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache.expert_cache import SlotState
@@ -16,8 +16,10 @@ from cache.usage import ExpertUsage
 from offload.config import PREFETCHES, SCOPES, EngineSettings
 from offload.errors import RunLocalError, UsageError
 from offload.events import CacheSnapshot, ExpertState, LiveChanges, RunStats, TierUse, TokenSample
-from offload.memory.plan import Plan
 from offload.memory.process import rss_bytes
+from offload.memory.storage import AnyPlan, Storage
+from offload.memory.tier_plan import TierPlan
+from offload.memory.tiers import TieredLoads
 from offload.meter import Tally
 from offload.model.experts import ExpertRuntime
 
@@ -32,17 +34,19 @@ class Watched:
     sums: Tally
     stats: RunStats
     context_used: int
-    plan: Plan
+    plan: AnyPlan
     settings: EngineSettings
 
 
 class LiveView:
     """Keeps what snapshots need beside the counters. All but :meth:`snapshot` is for the engine's thread alone."""
 
-    def __init__(self, runtime: ExpertRuntime, usage: ExpertUsage) -> None:
+    def __init__(self, runtime: ExpertRuntime, usage: ExpertUsage, storage: Storage) -> None:
         self.lock = threading.Lock()  # held while a generation's sums move into the session's
         self._runtime = runtime
         self._usage = usage
+        self._storage = storage
+        self.stall_link = 0.0  # seconds, as the engine's thread last knew them
         self._recent: deque[TokenSample] = deque(maxlen=RECENT_TOKENS)
         self._before = self._sums()
 
@@ -53,14 +57,20 @@ class LiveView:
     def end_token(self, seconds: float) -> None:
         """It took ``seconds``."""
         now = self._sums()
-        hits, pending, misses, read, stalled = (after - before for after, before in zip(now, self._before, strict=True))
-        self._recent.append(TokenSample(int(hits), int(pending), int(misses), int(read), seconds, stalled))
+        hits, pending, misses, read, stalled, moved, waited = (
+            after - before for after, before in zip(now, self._before, strict=True)
+        )
+        self.stall_link = now[-1]
+        sample = TokenSample(int(hits), int(pending), int(misses), int(read), seconds, stalled)
+        if self._storage.loads.link is not None:
+            sample = replace(sample, link_bytes=int(moved), stall_link=waited)
+        self._recent.append(sample)
 
     def snapshot(self, now: Watched) -> CacheSnapshot:
         """See :class:`offload.events.CacheSnapshot`."""
         usage, cache = self._usage, self._runtime.cache
         rows = {layer: bytearray(len(row)) for layer, row in zip(usage.layers, usage.hits, strict=True)}
-        occupied = cache.occupancy()
+        occupied, memory = cache.occupancy(), self._storage.device.memory()
         for (layer, expert), state in occupied:
             rows[layer][expert] = _STATES[state]
         return CacheSnapshot(
@@ -71,19 +81,35 @@ class LiveView:
             hits=tuple(row[:] for row in usage.hits),
             misses=tuple(row[:] for row in usage.misses),
             forward=usage.forward,
-            tiers=(TierUse("RAM", len(occupied), cache.slots, now.stats.experts.hits),),
+            tiers=self._tiers(len(occupied), now.stats.experts.hits),
             recent=tuple(self._recent),
             stats=now.stats,
             ttft_s=now.sums.first_token_seconds[-1] if now.sums.first_token_seconds else None,
             context_used=now.context_used,
             rss_bytes=rss_bytes(),
-            vram_bytes=None,
+            vram_bytes=None if memory is None else memory.used,
             current=_current(now.settings, now.plan),
         )
 
     def _sums(self) -> tuple[float, ...]:
         counters, transfers = self._runtime.cache.counters.decode, self._runtime.transfers
-        return counters.hits, counters.pending, counters.misses, transfers.decode_bytes, transfers.stall_seconds
+        link, stall_link = self._storage.loads.link, self._storage.loads.stall_link_seconds()
+        return (
+            counters.hits,
+            counters.pending,
+            counters.misses,
+            transfers.decode_bytes,
+            transfers.stall_seconds,
+            link.host_to_device if link is not None else 0,
+            stall_link or 0.0,
+        )
+
+    def _tiers(self, used: int, hits: int) -> tuple[TierUse, ...]:
+        slots, loads = self._runtime.cache.slots, self._storage.loads
+        if not isinstance(loads, TieredLoads):
+            return (TierUse("RAM", used, slots, hits),)
+        host = loads.tier
+        return TierUse("VRAM", used, slots, hits), TierUse("RAM", host.used, host.slots, host.counters.hits)
 
 
 class Recording:
@@ -149,7 +175,7 @@ class LiveMethods(ABC):
         return self._recording.stop(path)
 
 
-def _current(settings: EngineSettings, plan: Plan) -> LiveChanges:
+def _current(settings: EngineSettings, plan: AnyPlan) -> LiveChanges:
     """The settings of an engine as :class:`LiveChanges` names them."""
     return LiveChanges(
         policy=settings.policy,
@@ -157,4 +183,5 @@ def _current(settings: EngineSettings, plan: Plan) -> LiveChanges:
         prefetch=settings.prefetch,
         residency=plan.residency,
         ram=plan.budget,
+        vram=plan.vram_budget if isinstance(plan, TierPlan) else None,
     )

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields
 
 import psutil
 
-from cache.expert_cache import ExpertCache
 from offload.config import DEFAULT_SCOPE
-from offload.events import ByteStats, ExpertStats, MemoryStats, RunStats, SecondStats
-from offload.memory.lanes import DiskLane
-from offload.memory.plan import Plan
+from offload.devices.base import Device
+from offload.events import ByteStats, ExpertStats, MemoryStats, RunStats, SecondStats, TierStats
 from offload.memory.process import rss_peak_bytes
+from offload.memory.storage import AnyPlan
+from offload.memory.tier_plan import TierPlan
 from offload.model.experts import ExpertRuntime
 
 
@@ -49,6 +49,12 @@ class Tally:
     prefetch_used: int = 0
     events: int = 0
     compute_calls: int = 0
+    stall_link_seconds: float = 0.0
+    to_device: int = 0
+    to_host: int = 0
+    host_hits: int = 0
+    host_misses: int = 0
+    demoted: int = 0
     first_token_seconds: list[float] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
@@ -89,43 +95,44 @@ class Tally:
 class Meter:
     """One generation's clocks and what it adds to the runtime's counters."""
 
-    def __init__(self, cache: ExpertCache, runtime: ExpertRuntime, lane: DiskLane) -> None:
+    def __init__(self, runtime: ExpertRuntime, device: Device) -> None:
         self.tally = Tally()
-        self._cache = cache
         self._runtime = runtime
-        self._lane = lane
-        self._started = time.perf_counter()
+        self._now = device.now
+        self._started = self._now()
         self._before = self._counters()
 
     def first_token(self) -> None:
-        self.tally.first_token_seconds = [time.perf_counter() - self._started]
+        self.tally.first_token_seconds = [self._now() - self._started]
 
     def read(self) -> Tally:
         """:attr:`tally`, brought up to now. At the end of the generation and at any time before."""
         for name, value in self._counters().items():
             setattr(self.tally, name, value - self._before[name])
-        self.tally.total_seconds = time.perf_counter() - self._started
+        self.tally.total_seconds = self._now() - self._started
         return self.tally
 
-    def peek(self) -> Tally:
-        """As :meth:`read`, but a copy: for other threads."""
+    def peek(self, stall_link: float) -> Tally:
+        """As :meth:`read`, but a copy: for other threads. ``stall_link``: what :meth:`Loads.stall_link_seconds` last
+        told the engine's thread, since no other may ask."""
         now = self.tally.plus(Tally())
-        for name, value in self._counters().items():
+        for name, value in self._counters(stall_link).items():
             setattr(now, name, value - self._before[name])
-        now.total_seconds = time.perf_counter() - self._started
+        now.total_seconds = self._now() - self._started
         return now
 
-    def _counters(self) -> dict[str, float]:
-        prefill, decode = self._cache.counters.prefill, self._cache.counters.decode
-        transfers = self._runtime.transfers
-        return {
+    def _counters(self, stall_link: float | None = None) -> dict[str, float]:
+        counters = self._runtime.cache.counters
+        prefill, decode = counters.prefill, counters.decode
+        transfers, loads = self._runtime.transfers, self._runtime.loads
+        counts = {
             "hits": prefill.hits + decode.hits,
             "pending": prefill.pending + decode.pending,
             "misses": prefill.misses + decode.misses,
             "decode_hits": decode.hits,
             "decode_accesses": decode.accesses,
             "stall_seconds": transfers.stall_seconds,
-            "disk_seconds": self._lane.busy_seconds(),
+            "disk_seconds": loads.busy_seconds(),
             "prefill_bytes": transfers.prefill_bytes,
             "decode_bytes": transfers.decode_bytes,
             "needed_bytes": transfers.needed_bytes,
@@ -134,6 +141,16 @@ class Meter:
             "events": transfers.events,
             "compute_calls": transfers.compute_calls,
         }
+        if loads.link is not None and loads.host is not None:
+            counts |= {
+                "stall_link_seconds": stall_link if stall_link is not None else loads.stall_link_seconds() or 0.0,
+                "to_device": loads.link.host_to_device,
+                "to_host": loads.link.device_to_host,
+                "host_hits": loads.host.hits,
+                "host_misses": loads.host.misses,
+                "demoted": loads.host.demoted,
+            }
+        return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +167,11 @@ class RunLabels:
     scope: str = DEFAULT_SCOPE
 
 
-def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> RunStats:
+def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, seed: int | None) -> RunStats:
     """Statistics from sums; whatever did not happen is None. ``ttft_s`` is the mean over generations."""
     accesses = tally.hits + tally.pending + tally.misses
+    memory = device.memory()
+    linked = memory is not None
     return RunStats(
         model=labels.model,
         device=labels.device,
@@ -183,22 +202,23 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
         ),
         bytes=ByteStats(
             disk_read=tally.prefill_bytes + tally.decode_bytes,
-            host_to_device=None,
+            host_to_device=tally.to_device if linked else None,
+            device_to_host=tally.to_host if linked else None,
             per_decode_token=_ratio(tally.decode_bytes, tally.decode_steps),
             needed=tally.needed_bytes,
         ),
         seconds=SecondStats(
-            compute=tally.total_seconds - tally.stall_seconds,
+            compute=tally.total_seconds - tally.stall_seconds - tally.stall_link_seconds,
             stall_disk=tally.stall_seconds,
-            stall_link=None,
+            stall_link=tally.stall_link_seconds if linked else None,
             total=tally.total_seconds,
-            disk_busy=tally.disk_seconds,
+            disk_busy=None if device.virtual else tally.disk_seconds,
         ),
         memory=MemoryStats(
             rss_peak_bytes=rss_peak_bytes(),
             ram_budget_bytes=plan.budget,
-            vram_peak_bytes=None,
-            vram_budget_bytes=None,
+            vram_peak_bytes=None if memory is None else memory.peak,
+            vram_budget_bytes=None if memory is None else memory.budget,
             expert_slots=plan.slots,
             residency=plan.residency,
         ),
@@ -206,6 +226,16 @@ def run_stats(tally: Tally, labels: RunLabels, plan: Plan, seed: int | None) -> 
         decode_passes=tally.decode_passes,
         prefill_passes=tally.prefill_passes,
         prefilled_tokens=tally.prefilled_tokens,
+        host_tier=TierStats(
+            slots=plan.host_slots,
+            hits=tally.host_hits,
+            misses=tally.host_misses,
+            hit_rate=_ratio(tally.host_hits, tally.host_hits + tally.host_misses),
+            demoted=tally.demoted,
+        )
+        if isinstance(plan, TierPlan)
+        else None,
+        virtual=device.virtual,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
 
 from cache.cache_log import CacheSetup, LoggedCache
 from cache.expert_cache import ExpertCache
+from cache.machines import Machine, MachineError, load_machine
 from cache.trace import TraceRecorder
 from cache.usage import ExpertUsage
 from offload.checkpoint.dense_file import ensure_dense
@@ -33,16 +34,19 @@ from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
 from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
-from offload.devices import get_device
+from offload.devices import Device, get_device
+from offload.devices.on_paper import PaperDevice
 from offload.errors import BudgetError, ModelError, UsageError
-from offload.events import LoadProgress, Notice, Planned
+from offload.events import Notice, Planned
 from offload.learning import earlier_events
 from offload.live import LiveView
 from offload.memory.activations import activation_bytes, experts_per_token, row_bytes, staged_bytes
-from offload.memory.lanes import DiskLane
+from offload.memory.estimate import Estimate, Work, estimate
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
 from offload.memory.rows import CANDIDATES, DISK_BYTES_PER_S, MEMORY_BYTES_PER_S, GainCurve
+from offload.memory.storage import AnyPlan, open_storage, staging_buffers
+from offload.memory.tier_plan import Asked, TierPlan, Vram, make_tier_plan
 from offload.meter import RunLabels, seconds_since_process_start
 from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
@@ -60,9 +64,26 @@ from offload.protocol import OnLoad
 _DEMO_RESIDENCY = 0.5
 
 
-def plan_only(settings: EngineSettings, on_event: OnLoad) -> Plan:
-    """The plan, from config.json alone."""
+class PlannedModel(NamedTuple):
+    """A plan and, for named hardware, what to expect of it."""
+
+    plan: AnyPlan
+    expected: Estimate | None = None
+
+    def summary(self) -> list[str]:
+        return self.plan.summary() + (self.expected.summary() if self.expected is not None else [])
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        return self.plan.rows()
+
+    def to_json(self) -> dict[str, Any]:
+        return self.plan.to_json() | ({"expected": self.expected.to_json()} if self.expected is not None else {})
+
+
+def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:
+    """The plan, from config.json alone; for this machine or, with what to expect of it, for ``hardware``."""
     bound_own_memory()
+    machine = _machine(hardware)
     resolved = resolve(settings, on_event, weights=False)
     with contextlib.suppress(ModelError):  # a folder with a config alone can be planned too
         _held = PromptEncoder(resolved.folder)  # its memory counts
@@ -71,7 +92,25 @@ def plan_only(settings: EngineSettings, on_event: OnLoad) -> Plan:
     except ModelError:
         source = open_source(resolved.folder, weights=False)
     _say_quantised(settings, resolved.name, source, on_event)
-    return _plan(settings, resolved, source)
+    device = get_device(settings.device) if machine is None else PaperDevice(machine)
+    with contextlib.closing(device):
+        available = None if machine is None else machine.ram_bytes
+        plan = _plan(settings, resolved, source, device, available)
+    expected = None
+    if machine is not None and isinstance(plan, TierPlan):
+        expected = estimate(plan, Work(len(source.experts), _top_k(source.config.get_text_config())), machine)
+    return PlannedModel(plan, expected)
+
+
+def _machine(name: str | None) -> Machine | None:
+    try:
+        return None if name is None else load_machine(name)
+    except MachineError as error:
+        raise UsageError(f"--hardware: {error}") from error
+
+
+def _top_k(text: Any) -> int:
+    return int(getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0) or 0)
 
 
 def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
@@ -89,28 +128,20 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     _say_quantised(settings, resolved.name, source, on_event)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
-    plan = _plan(settings, resolved, source)  # before packing: a budget that is too small is said at once
-    on_event(Planned(tuple(plan.summary()), tuple(plan.rows())))
-    if settings.batch_rows != 1 and not can_pack(source.model, new_kv_cache(source.config, 1)):
-        on_event(Notice(f"rows of {source.config.model_type} models do not share forward passes; they run one by one"))
-    if _demo_residency(settings):
-        on_event(
-            Notice(
-                f"the demo would fit any RAM: {plan.slots} of its {plan.sizes.num_experts} experts get a slot, so that "
-                "the cache has something to do (--residency 1 holds all)"
-            )
-        )
-    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME and source.method is None:
-        on_event(
-            Notice(
-                f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
-                "almost four times as many do, at some loss of quality (--dense-format int8 makes room, too)"
-            )
-        )
-    folder = ensure_pack(source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event)
-    products = _products(settings, on_event)
-    device = get_device(settings.device)
     with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
+        device = undo.enter_context(contextlib.closing(get_device(settings.device)))
+        plan = _plan(settings, resolved, source, device)  # before packing: a budget that is too small is said at once
+        on_event(Planned(tuple(plan.summary()), tuple(plan.rows())))
+        if device.virtual:
+            on_event(Notice(f"{device.name} is a pretend GPU: all seconds and rates are what that machine would take"))
+        if settings.batch_rows != 1 and not shares_passes(settings, source, device):
+            what = f"{source.config.model_type} models" if device.unified else f"a batch on {device.name}"
+            on_event(Notice(f"rows of {what} do not share forward passes; they run one by one"))
+        _say_what_fits(settings, plan, source.method, on_event)
+        if not isinstance(plan, Plan):
+            device.set_budget(plan.vram_budget - plan.vram.reserved)
+        folder = ensure_pack(source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event)
+        products = _products(settings, device, on_event)
         file = undo.enter_context(ExpertFile(folder))
         if notice := file.fallback_notice():
             on_event(Notice(notice))
@@ -121,18 +152,17 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         most_experts = max(module.num_experts for module in modules)
         earlier = earlier_events(settings.learn_from, numbers, most_experts)
         dense = ensure_dense(source, folder, resolved.name, settings.dense_format, on_event)
-        model = load_skeleton(source, device.torch_device, on_event, dense, products)
-        if _quantised(settings):
+        model = load_skeleton(source, device.load_device, on_event, dense, products)
+        if _quantised(settings) and device.groups_attention:
             use_grouped_attention(model, products.kernels)
             if products.kernels is not None:
                 fuse_norms(model, products.kernels)
+        device.place(model)
         release_free_memory()
-        arena = device.allocate_slots(plan.slots, plan.sizes.slot_bytes)
-        undo.callback(arena.close)
-        arena.touch(lambda done, total: on_event(LoadProgress("slots", done, total, "bytes")))
+        storage = open_storage(device, plan, file, settings, on_event)
         undo.pop_all()
-    lane = DiskLane(file, settings.read_workers)
-    setup = CacheSetup(settings.policy, settings.scope, plan.slots, tuple(numbers), most_experts, settings.seed or 0)
+    slots = len(storage.arena.available)
+    setup = CacheSetup(settings.policy, settings.scope, slots, tuple(numbers), most_experts, settings.seed or 0)
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
@@ -140,8 +170,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     text = model.config.get_text_config()
 
     def new_recorder(folder: Path | None = None) -> TraceRecorder:
-        top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0)
-        made = TraceRecorder(resolved.name, len(modules), most_experts, int(top_k or 0), folder)
+        made = TraceRecorder(resolved.name, len(modules), most_experts, _top_k(text), folder)
         parts = plan.to_json()["bytes"]
         resident = sum(size for name, size in parts.items() if name not in ("expert_slots", "unused"))
         made.add_meta(format=settings.format, expert_bytes=plan.sizes.slot_bytes, resident_bytes=resident)
@@ -150,9 +179,11 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     recorder = new_recorder(settings.trace_out.parent) if settings.trace_out is not None else None
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
-    compute = expert_compute(weight_format, products, _decoders(settings, source, on_event))
+    decoders = _decoders(settings, device, source, on_event)
+    compute = device.experts(expert_compute(weight_format, products, decoders))
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
-    runtime = ExpertRuntime(cache, arena, lane, file, weight_format, compute, recorder, predictor, usage)
+    arena, loads = storage.arena, storage.loads
+    runtime = ExpertRuntime(cache, arena, loads, file, weight_format, compute, recorder, predictor, usage)
     runtime.attach(modules)
     decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
@@ -171,18 +202,34 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
             settings.dense_format,
             settings.policy,
             settings.prefetch,
-            seconds_since_process_start(),
+            None if device.virtual else seconds_since_process_start(),
             settings.scope,
         ),
         "runtime": runtime,
-        "lane": lane,
+        "storage": storage,
         "file": file,
-        "arena": arena,
-        "live": LiveView(runtime, usage),
+        "live": LiveView(runtime, usage, storage),
         "new_recorder": new_recorder,
         "modules": modules,
         "settings": settings,
     }
+
+
+def _say_what_fits(settings: EngineSettings, plan: AnyPlan, method: object, on_event: OnEvent) -> None:
+    if _demo_residency(settings):
+        on_event(
+            Notice(
+                f"the demo would fit any RAM: {plan.slots} of its {plan.sizes.num_experts} experts get a slot, so that "
+                "the cache has something to do (--residency 1 holds all)"
+            )
+        )
+    if settings.format == "native" and plan.residency < 1 and settings.model != DEMO_NAME and method is None:
+        on_event(
+            Notice(
+                f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
+                "almost four times as many do, at some loss of quality (--dense-format int8 makes room, too)"
+            )
+        )
 
 
 def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource, on_event: OnEvent) -> None:
@@ -197,9 +244,9 @@ def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource
     on_event(Notice(f"{name} is quantised ({source.method.name}): its experts {experts}, {rest}"))
 
 
-def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
-    """What multiplies quantised weights; compiles the kernels if this machine has none yet."""
-    if settings.kernels == "torch" or not _quantised(settings):
+def _products(settings: EngineSettings, device: Device, on_event: OnEvent) -> Products:
+    """What multiplies quantised weights; compiles the CPU's kernels if this machine has none yet."""
+    if settings.kernels == "torch" or not _quantised(settings) or not device.unified:
         return Products(None, 0)
 
     def failed(why: str) -> None:
@@ -209,9 +256,9 @@ def _products(settings: EngineSettings, on_event: OnEvent) -> Products:
     return Products(kernels, crossover(kernels, on_event))
 
 
-def _decoders(settings: EngineSettings, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
-    """What decodes packed weights; compiled if this machine has none yet."""
-    if settings.kernels == "torch" or source.method is None or settings.format != "native":
+def _decoders(settings: EngineSettings, device: Device, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
+    """What decodes packed weights; compiled for the CPU if this machine has none yet."""
+    if settings.kernels == "torch" or source.method is None or settings.format != "native" or not device.unified:
         return None
 
     def failed(why: str) -> None:
@@ -224,7 +271,14 @@ def _quantised(settings: EngineSettings) -> bool:
     return (settings.format, settings.dense_format) != ("native", "native")
 
 
-def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointSource) -> Plan:
+def _plan(
+    settings: EngineSettings,
+    resolved: ResolvedModel,
+    source: CheckpointSource,
+    device: Device,
+    ram: int | None = None,
+) -> AnyPlan:
+    """``ram``: of a machine that is not this one."""
     context = _context_tokens(settings, source)
     weight_format = get_format(settings.format)
     chunk = context if needs_whole_prompts(source.model.config.model_type) else settings.prefill_chunk
@@ -239,27 +293,36 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
     )
     release_free_memory()
     now = process_memory()
-    available = available_memory()
+    available = available_memory() if ram is None else ram - now.total
+    residency = _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency
+    baseline = Baseline(now.anonymous, now.file)
     row_tokens = min(context, whole_blocks_of(settings.row_tokens or context))
 
-    def plan(rows: int) -> Plan:
+    def sized(rows: int) -> ModelSizes:
         held = max(sizes.row_memory.bytes(context), rows * sizes.row_memory.bytes(row_tokens))
-        return make_plan(
-            resolved.name,
-            get_device(settings.device).name,
-            replace(
-                sizes,
-                rows=rows,
-                kv_bytes=held,
-                activation_bytes=_activations(settings, source, context, chunk, rows, held),
-            ),
-            Baseline(now.anonymous, now.file),
-            available,
-            settings.ram,
-            _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency,
-        )
+        activations = _activations(settings, source, context, chunk, rows, held)
+        return replace(sizes, rows=rows, kv_bytes=held, activation_bytes=activations)
 
-    if settings.batch_rows == 1 or not can_pack(source.model, new_kv_cache(source.config, 1)):
+    if not device.unified:
+        total, free = device.total_memory(), device.free_memory()
+        assert total is not None and free is not None
+        return make_tier_plan(
+            resolved.name,
+            device.name,
+            sized(1),
+            baseline,
+            available,
+            Vram(total, free, device.reserved_bytes()),
+            staging_buffers(settings.read_workers),
+            Asked(settings.vram, settings.ram, residency, settings.tiers == "exclusive"),
+        )
+    if settings.vram is not None:
+        raise UsageError(f"--vram: {device.name} has no memory of its own; give --ram")
+
+    def plan(rows: int) -> Plan:
+        return make_plan(resolved.name, device.name, sized(rows), baseline, available, settings.ram, residency)
+
+    if not shares_passes(settings, source, device):
         return plan(1)
     if settings.batch_rows is not None:
         return plan(settings.batch_rows)
@@ -268,6 +331,11 @@ def _plan(settings: EngineSettings, resolved: ResolvedModel, source: CheckpointS
         with contextlib.suppress(BudgetError):
             plans[rows] = plan(rows)
     return plans[_gain_curve(source, sizes).choose({rows: found.slots for rows, found in plans.items()})]
+
+
+def shares_passes(settings: EngineSettings, source: CheckpointSource, device: Device) -> bool:
+    """Whether rows of a batch run together: if asked for, where the family and the device can."""
+    return settings.batch_rows != 1 and device.unified and can_pack(source.model, new_kv_cache(source.config, 1))
 
 
 def _gain_curve(source: CheckpointSource, sizes: ModelSizes) -> GainCurve:
@@ -305,7 +373,7 @@ def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:
 
 def _demo_residency(settings: EngineSettings) -> bool:
     """Whether the demo's own default applies: nobody said how much memory to use."""
-    return settings.model == DEMO_NAME and settings.ram is None and settings.residency is None
+    return settings.model == DEMO_NAME and (settings.ram, settings.vram, settings.residency) == (None, None, None)
 
 
 def _context_tokens(settings: EngineSettings, source: CheckpointSource) -> int:

@@ -234,8 +234,8 @@ def test_statistics_are_true_sums(engine: Engine) -> None:
     assert (read.host_to_device, stats.seconds.stall_link, stats.memory.vram_peak_bytes) == (None, None, None)
     assert set(stats.to_json()) == {
         "model", "device", "format", "dense_format", "policy", "scope", "prefetch", "seed", "prompt_tokens",
-        "new_tokens", "start_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds", "memory",
-        "prefilled_tokens", "prefill_passes", "decode_passes", "shared_prompt_tokens", "host_tier", "virtual",
+        "new_tokens", "start_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds",
+        "memory", "prefilled_tokens", "prefill_passes", "decode_passes", "shared_prompt_tokens", "host_tier", "virtual",
     }  # fmt: skip
     json.dumps(stats.to_json(), allow_nan=False)
 

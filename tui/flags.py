@@ -21,6 +21,7 @@ from offload.config import (
     KERNELS,
     PREFETCHES,
     SCOPES,
+    TIERS,
     EngineSettings,
     SamplingSettings,
     parse_size,
@@ -116,9 +117,21 @@ FORMAT_FLAGS = (
     Flag("--dense-format", check_text, "FORMAT", f"of all other weights: {', '.join(DENSE_FORMATS)} (default: native)"),
 )
 MEMORY_FLAGS = (
-    Flag("--device", check_text, "DEVICE", f"where to compute: {' or '.join(DEVICES)} (default: auto)"),
+    Flag(
+        "--device",
+        check_text,
+        "DEVICE",
+        f"where to compute: {', '.join(DEVICES)}; cuda:NUMBER and simulated:HARDWARE choose one (default: auto)",
+    ),
+    Flag("--vram", size_or_auto, "SIZE", "hard budget for the device's own memory: 8GiB, auto (default)"),
     Flag("--ram", size_or_auto, "SIZE", "hard budget for all memory of the process: 8GiB, 512MiB, auto (default)"),
-    Flag("--residency", number, "FRACTION", "at most this share of the experts in RAM, above 0 to 1 (0.5 is half)"),
+    Flag("--residency", number, "FRACTION", "give slots to at most this share of the experts, above 0 to 1"),
+    Flag(
+        "--tiers",
+        check_text,
+        "NAME",
+        f"experts in both VRAM and RAM or in one: {' or '.join(TIERS)} (default: {TIERS[0]})",
+    ),
     Flag(
         "--ctx",
         whole,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from offload.config import SamplingSettings
 from offload.errors import RunLocalError
-from offload.events import Done, Event, PrefillProgress, Token
+from offload.events import Done, Event, Notice, PrefillProgress, Token
 from offload.protocol import ChatEngine
 from tui.asking import nth_sampling, start_answer, why_cut
 from tui.commands import run_command
@@ -113,6 +113,8 @@ class PlainChat:
                     prefill.close()
                     self.screen.answer(event.text)
                     shown += event.text
+                elif isinstance(event, Notice):
+                    self.screen.note(event.text)
                 else:
                     prefill.close()
                     if event.text.startswith(shown):  # what was held back for a stop string that never came

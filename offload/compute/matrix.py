@@ -141,7 +141,7 @@ def decode(
     """The weights [rows, columns] in ``dtype``, rounded from float32 once; written into ``out`` if it is given."""
     layout = matrix.layout
     if out is None:
-        out = torch.empty(layout.rows, layout.columns, dtype=dtype)
+        out = torch.empty(layout.rows, layout.columns, dtype=dtype, device=matrix.codes.device)
     if kernels is not None and out.dtype in (torch.float32, torch.bfloat16):
         kernels.decode(layout.shape, matrix.codes.data_ptr(), matrix.params.data_ptr(), out)
         return out

@@ -21,8 +21,10 @@ DECODE_BYTES = 16 * 2**20
 
 
 class Products:
-    """Multiplies on the CPU. ``few_tokens`` is the most that go through the kernel, one number or one for each number
-    of bits: decided once per machine (``calibration.py``).
+    """Multiplies where its inputs are; the kernels are for the CPU.
+
+    ``few_tokens`` is the most that go through the kernel, one number or one for each number of bits: decided once per
+    machine (``calibration.py``).
 
     For the engine thread only: the decode buffer and the kernels' scratch memory are shared by all products.
     """
@@ -55,7 +57,7 @@ class Products:
     ) -> torch.Tensor:
         """The same by decoding the weights, a part of the rows at a time."""
         layout = matrix.layout
-        output = torch.empty(len(inputs), layout.rows, dtype=inputs.dtype)
+        output = torch.empty(len(inputs), layout.rows, dtype=inputs.dtype, device=inputs.device)
         step = max(16, DECODE_BYTES // (layout.columns * inputs.element_size()) // 16 * 16)
         for start in range(0, layout.rows, step):
             rows = slice(start, min(start + step, layout.rows))
@@ -67,8 +69,9 @@ class Products:
     def _decode_buffer(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
         layout = matrix.layout
         size = layout.rows * layout.columns * dtype.itemsize
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
+        device = matrix.codes.device
+        if self._buffer.numel() < size or self._buffer.device != device:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         return self._buffer[:size].view(dtype).view(layout.rows, layout.columns)
 
 

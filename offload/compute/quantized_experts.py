@@ -91,7 +91,7 @@ class _QuantizedEvent(EventCompute):
         chosen = top_k_index[0].tolist() if tokens == 1 else []
         if tokens == 1 and len(set(chosen)) == k and max(chosen) < module.num_experts:
             self._rows = {expert: (row, 1) for row, expert in enumerate(chosen)}
-            self._token_of = torch.zeros(k, dtype=torch.int32)
+            self._token_of = torch.zeros(k, dtype=torch.int32, device=hidden.device)
             routed = top_k_weights[0]
         else:
             flat = top_k_index.reshape(-1)
@@ -107,7 +107,7 @@ class _QuantizedEvent(EventCompute):
             self._token_of = (order // k).to(torch.int32)
             routed = top_k_weights.reshape(-1)[order]
         self._routed = routed.to(torch.float32).contiguous()
-        self._products = torch.empty(len(self._token_of), hidden.shape[-1])
+        self._products = torch.empty(len(self._token_of), hidden.shape[-1], device=hidden.device)
         self.experts = sorted(self._rows)
 
     def compute(self, ready: Sequence[ExpertKey]) -> None:
@@ -135,7 +135,7 @@ class _QuantizedEvent(EventCompute):
             output = torch.empty_like(hidden)
             kernels.combine(self._products, self._routed, self._token_of, output)
             return output
-        total = torch.zeros(hidden.shape, dtype=torch.float32)
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         total.index_add_(0, self._token_of, self._products * self._routed[:, None])
         return total.to(hidden.dtype)
 

@@ -1,45 +1,214 @@
-"""The contract of a device: where slots live and how a record gets there."""
+"""The contract of a device: where slots live, how a record gets there, and what runs at the same time as what.
+
+Copies and kernels of a device with memory of its own run beside the CPU. Their order is kept by fences alone: a copy
+into a slot waits for the fence of the slot's last use, and kernels wait for the fence of the copy.
+"""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from offload.compute.base import ExpertCompute
+    from offload.devices.clock import LoadTiming
+
+OnProgress = Callable[[int, int], None]
+
+
+class Fence(ABC):
+    """A point in the order of one lane of the device: everything before it is done, or not yet."""
+
+    @abstractmethod
+    def done(self) -> bool: ...
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Let the calling thread wait for it. Raises what went wrong before it."""
+
 
 class SlotArena(ABC):
-    """Room for ``slots`` records of at most ``slot_bytes`` each, allocated once."""
+    """Slot numbers for ``slots`` records of at most ``slot_bytes`` each on the device, not all of them with memory.
+
+    ``segment_slots`` slots are allocated and given back together. Slots may be given back and taken again one segment
+    at a time; their numbers stay what they are.
+    """
 
     slots: int
     slot_bytes: int
+    segment_slots: int = 1
+
+    @property
+    @abstractmethod
+    def available(self) -> list[int]:
+        """The slots that have memory, ascending."""
 
     @abstractmethod
     def buffer(self, slot: int) -> memoryview:
-        """Writable host memory, 4 KiB aligned and ``slot_bytes`` long, that a read for this slot goes into."""
+        """Writable host memory, 4 KiB aligned and ``slot_bytes`` long, that a read for this slot goes into.
+
+        For devices whose slots are host memory; others have a :class:`Link`.
+        """
 
     @abstractmethod
     def tensor(self, slot: int) -> torch.Tensor:
         """The slot as uint8[slot_bytes] on the device."""
 
     @abstractmethod
-    def touch(self, on_progress: Callable[[int, int], None]) -> None:
+    def touch(self, on_progress: OnProgress) -> None:
         """Make the system back every page now, so that no decode step pays for it; reports (done, total) bytes.
 
         Raises BudgetError if the system refuses the memory.
         """
 
     @abstractmethod
+    def release(self, slots: Sequence[int]) -> None:
+        """Give the memory of these slots, whole segments, back. Nothing may use them until :meth:`restore`."""
+
+    @abstractmethod
+    def restore(self, slots: Sequence[int]) -> list[int]:
+        """Take memory for slots that were released, whole segments; returns those that could be had."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give the memory back. No tensor of the arena may be used afterwards."""
 
 
+class HostArena(ABC):
+    """Buffers in host memory that disk reads go into and that the device copies from (pinned where it can be)."""
+
+    slots: int
+    slot_bytes: int
+    pinned: bool
+
+    @abstractmethod
+    def writable(self, slot: int) -> memoryview:
+        """The buffer for a read, 4 KiB aligned; every copy from or to it must be done."""
+
+    @abstractmethod
+    def release(self, slots: Sequence[int]) -> None:
+        """Give the memory of these buffers back to the system until they are written again."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Link(ABC):
+    """Copies between host buffers and slots. May be called from several threads."""
+
+    @abstractmethod
+    def upload(self, source: int, slot: int, size: int, after: Sequence[Fence]) -> Fence:
+        """Start copying ``size`` bytes of the host buffer ``source`` into ``slot``, once ``after`` are done."""
+
+    @abstractmethod
+    def download(self, slot: int, target: int, size: int, after: Sequence[Fence]) -> Fence:
+        """The other way round."""
+
+    @abstractmethod
+    def join(self, fence: Fence) -> None:
+        """Kernels that are launched from now on wait for ``fence``."""
+
+    @abstractmethod
+    def computed(self, slots: Sequence[int]) -> Fence:
+        """A fence behind all kernels launched so far; the last of them read ``slots``."""
+
+    @abstractmethod
+    def stall_seconds(self) -> float:
+        """Time so far that kernels waited for copies, as far as it is known by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of the device's own memory: allocated now, at most so far, and the budget that is never exceeded."""
+
+    used: int
+    peak: int
+    budget: int
+
+
 class Device(ABC):
-    """One device. The only place that knows where memory lives, and later streams, events and pinning."""
+    """One device. The only place that knows where memory lives, streams, events and pinning.
+
+    ``unified``: slots are host memory, and neither link nor host tier exists. ``virtual``: its clock does not tell
+    the time that passed but the time that a named machine would have taken.
+    """
 
     name: str
     torch_device: torch.device
+    load_device: torch.device
+    """Where the loader puts weights; :meth:`place` takes them from there."""
+    unified: bool = True
+    virtual: bool = False
+    groups_attention: bool = True
+    """Whether runs with quantised weights attend as ``model/attention.py`` does; a GPU has better."""
 
     @abstractmethod
-    def allocate_slots(self, slots: int, slot_bytes: int) -> SlotArena:
-        """``slot_bytes`` is a multiple of 4096. Raises BudgetError if there is not enough address space."""
+    def allocate_slots(self, slots: int, slot_bytes: int, most: int | None = None) -> SlotArena:
+        """An arena with ``slots`` slots, to be grown to ``most`` at times; ``slot_bytes`` is a multiple of 4096.
+
+        A device with memory of its own may give fewer slots if it refuses more. Raises BudgetError if there is no room
+        at all.
+        """
+
+    def allocate_host(self, slots: int, slot_bytes: int, most: int) -> HostArena:
+        """Buffers for the host tier. Raises BudgetError if the system refuses them."""
+        raise NotImplementedError(f"{self.name} has no host tier")
+
+    def link(self, arena: SlotArena, host: HostArena) -> Link:
+        raise NotImplementedError(f"{self.name} has no link")
+
+    def total_memory(self) -> int | None:
+        """The device's own memory in bytes; None if it has none."""
+        return None
+
+    def free_memory(self) -> int | None:
+        """Bytes of it that are free for this process."""
+        return None
+
+    def reserved_bytes(self) -> int:
+        """Bytes of it that the context and the libraries take before anything is allocated."""
+        return 0
+
+    def set_budget(self, size: int) -> None:  # noqa: B027 - a device without memory of its own has nothing to bound
+        """Never let this process have more than ``size`` bytes of the device's memory."""
+
+    def memory(self) -> DeviceMemory | None:
+        """What this process has of the device's own memory."""
+        return None
+
+    def place(self, model: PreTrainedModel) -> None:  # noqa: B027 - nothing to do where the loader put it
+        """Bring what the loader left on ``load_device`` to the device. Changes ``model``."""
+
+    def running(self) -> AbstractContextManager[object]:
+        """Surrounds every forward pass."""
+        return nullcontext()
+
+    def experts(self, compute: ExpertCompute) -> ExpertCompute:
+        """``compute`` as this device launches it."""
+        return compute
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        """Whether ``error`` says that the device's own memory is used up."""
+        return False
+
+    def recover(self) -> None:  # noqa: B027 - nothing runs beside the caller where slots are host memory
+        """After its memory was used up: wait for all that was launched, forget its errors, give back what is spare."""
+
+    def now(self) -> float:
+        """Seconds on the device's clock, from any start."""
+        return time.perf_counter()
+
+    def plan_load(self, disk_bytes: int, link_bytes: int, prefetch: bool, after: Sequence[Fence]) -> LoadTiming | None:
+        """When a load that starts now would arrive, on a device with a virtual clock."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to stop
+        """Stop its workers and give everything back."""

@@ -2,61 +2,61 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-from collections.abc import Callable
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from offload.config import format_size
-from offload.devices.base import Device, SlotArena
-from offload.errors import BudgetError
+from offload.devices.base import Device, OnProgress, SlotArena
+from offload.devices.host_memory import HostMemory
 
 _TOUCH_BYTES = 64 * 2**20
 
 
 class CpuSlotArena(SlotArena):
-    """One anonymous mapping: page aligned, and given back to the system as a whole."""
+    """One anonymous mapping. ``slots`` of it are touched; the rest, up to ``most``, is address space until used."""
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: int, slot_bytes: int, most: int | None = None) -> None:
+        self.slots = max(slots, most or 0)
         self.slot_bytes = slot_bytes
-        try:
-            # private: shared anonymous memory would be counted as shmem and get no huge pages
-            self._map = mmap.mmap(-1, slots * slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError, ValueError) as error:
-            raise BudgetError(
-                f"the system refuses {format_size(slots * slot_bytes)} for expert slots ({error}); give a smaller --ram"
-            ) from error
-        with contextlib.suppress(AttributeError, OSError):  # fewer page faults and table walks; not everywhere
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = memoryview(self._map)
-        # not torch.frombuffer: it does not keep the mapping from being closed under a live tensor
-        self._tensor = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
+        self._memory = HostMemory(self.slots, slot_bytes, used=slots)
+        self._available = set(range(slots))
+        self._tensor = torch.from_numpy(self._memory.array())
+
+    @property
+    def available(self) -> list[int]:
+        return sorted(self._available)
 
     def buffer(self, slot: int) -> memoryview:
-        return self._bytes[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+        return self._memory.buffer(slot)
 
     def tensor(self, slot: int) -> torch.Tensor:
         return self._tensor[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
-    def touch(self, on_progress: Callable[[int, int], None]) -> None:
-        total = self._tensor.numel()
+    def touch(self, on_progress: OnProgress) -> None:
+        total = len(self._available) * self.slot_bytes
         for start in range(0, total, _TOUCH_BYTES):
-            self._tensor[start : start + _TOUCH_BYTES].zero_()
-            on_progress(min(start + _TOUCH_BYTES, total), total)
+            end = min(start + _TOUCH_BYTES, total)
+            self._tensor[start:end].zero_()
+            on_progress(end, total)
+
+    def release(self, slots: Sequence[int]) -> None:
+        self._memory.release(slots)
+        self._available.difference_update(slots)
+
+    def restore(self, slots: Sequence[int]) -> list[int]:
+        for slot in slots:
+            self.tensor(slot).zero_()
+        self._available.update(slots)
+        return list(slots)
 
     def close(self) -> None:
         del self._tensor
-        self._bytes.release()
-        with contextlib.suppress(BufferError):  # a tensor still looks into it: the map goes with the last of them
-            self._map.close()
+        self._memory.close()
 
 
 class CpuDevice(Device):
     name = "cpu"
-    torch_device = torch.device("cpu")
+    torch_device = load_device = torch.device("cpu")
 
-    def allocate_slots(self, slots: int, slot_bytes: int) -> SlotArena:
-        return CpuSlotArena(slots, slot_bytes)
+    def allocate_slots(self, slots: int, slot_bytes: int, most: int | None = None) -> SlotArena:
+        return CpuSlotArena(slots, slot_bytes, most)

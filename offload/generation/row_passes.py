@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from offload.events import RowEvent
 from offload.generation.rows import PassPart, RowBatch, RowHost
 from offload.generation.sampling import Sampler
-from offload.memory.plan import Plan
+from offload.memory.plan import ModelSizes
 from offload.meter import Meter
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.packed import RowAttention, Segment
@@ -28,7 +28,7 @@ class RowPasses:
         self,
         model: PreTrainedModel,
         runtime: ExpertRuntime,
-        plan: Plan,
+        sizes: ModelSizes,
         meter: Meter,
         chunk: int,
         first_request: int,
@@ -37,7 +37,7 @@ class RowPasses:
         self.requests, self.forwards = first_request, first_forward
         self._model = model
         self._runtime = runtime
-        self._plan = plan
+        self._sizes = sizes
         self._meter = meter
         self._chunk = chunk
         self._first = first_request
@@ -47,7 +47,7 @@ class RowPasses:
         self, take: TakeRow, tokenizer: Any, stop_ids: frozenset[int], defaults: GenerationConfig
     ) -> Iterator[RowEvent]:
         """See :meth:`offload.protocol.RowEngine.generate_rows`."""
-        sizes = self._plan.sizes
+        sizes = self._sizes
         host = RowHost(
             tokenizer=tokenizer,
             stop_ids=stop_ids,

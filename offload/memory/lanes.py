@@ -5,9 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from typing import Any, Protocol
 
 from cache.keys import ExpertKey
-from offload.checkpoint.expert_file import ExpertFile
+
+
+class Mover(Protocol):
+    """What a lane's workers do for a load; called from several threads at once."""
+
+    def read_into(self, key: ExpertKey, buffer: Any) -> int:
+        """Bring the record of ``key`` to ``buffer``; returns the bytes that were read from disk."""
+        ...
 
 
 class Dropped(Exception):
@@ -19,7 +27,7 @@ class Ticket:
 
     __slots__ = ("_buffer", "_done", "_error", "_lane", "key", "prefetch", "size")
 
-    def __init__(self, lane: DiskLane, key: ExpertKey, buffer: memoryview, prefetch: bool) -> None:
+    def __init__(self, lane: DiskLane, key: ExpertKey, buffer: Any, prefetch: bool) -> None:
         self.key = key
         self.prefetch = prefetch
         self._lane = lane
@@ -59,15 +67,16 @@ class Ticket:
 
 
 class DiskLane:
-    """Disk -> slot. A few workers, since a single reader leaves an NVMe disk half idle.
+    """Loads by a few workers, since a single reader leaves an NVMe disk half idle.
 
     Two priorities: a prefetch starts only while no demand waits, and only half of the workers prefetch at a time, so
     that a demand always finds a free one.
     """
 
-    def __init__(self, file: ExpertFile, workers: int) -> None:
+    def __init__(self, file: Mover, workers: int, name: str = "disk") -> None:
         self._file = file
         self._workers = workers
+        self._name = name
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()  # guards all below
         self._demand: deque[Ticket] = deque()
@@ -77,7 +86,7 @@ class DiskLane:
         self._busy_since = 0.0
         self._busy_seconds = 0.0
 
-    def load(self, key: ExpertKey, buffer: memoryview, *, prefetch: bool = False) -> Ticket:
+    def load(self, key: ExpertKey, buffer: Any, *, prefetch: bool = False) -> Ticket:
         """Start reading the record of ``key`` into ``buffer``, which must not be touched until the ticket is done.
 
         Raises RuntimeError if the system gives no thread for it, or the lane is closed.
@@ -85,7 +94,7 @@ class DiskLane:
         ticket = Ticket(self, key, buffer, prefetch)
         with self._changed:
             if self._closed:
-                raise RuntimeError("the disk lane is closed")
+                raise RuntimeError(f"the {self._name} lane is closed")
             self._start_threads()
             (self._prefetch if prefetch else self._demand).append(ticket)
             self._changed.notify()
@@ -112,7 +121,7 @@ class DiskLane:
 
     def _start_threads(self) -> None:
         while len(self._threads) < self._workers:
-            thread = threading.Thread(target=self._work, name=f"disk-lane-{len(self._threads)}", daemon=True)
+            thread = threading.Thread(target=self._work, name=f"{self._name}-lane-{len(self._threads)}", daemon=True)
             try:
                 thread.start()
             except RuntimeError:

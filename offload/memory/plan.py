@@ -53,6 +53,7 @@ class Plan:
     budget: int
     budget_chosen: bool
     slots: int
+    residency_asked: float | None = None
 
     @property
     def residency(self) -> float:
@@ -152,7 +153,7 @@ def make_plan(
             f"{format_size(ceiling)} are available; close other programs, or try a smaller --ctx or --prefill-chunk"
         )
     slots = min(most, (budget - fixed) // sizes.slot_bytes)
-    return Plan(model, device, sizes, baseline, budget, ram is not None, slots)
+    return Plan(model, device, sizes, baseline, budget, ram is not None, slots, residency)
 
 
 def _fixed_bytes(sizes: ModelSizes, baseline: Baseline) -> int:

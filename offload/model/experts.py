@@ -20,7 +20,7 @@ from offload.checkpoint.formats import WeightFormat, Weights
 from offload.compute.base import EventCompute, ExpertCompute
 from offload.devices import SlotArena
 from offload.errors import Cancelled
-from offload.memory.lanes import DiskLane, Ticket
+from offload.memory.loads import Loads, LoadTicket
 from offload.model.prefetchers import Prefetcher
 from offload.model.transformers_api import ExpertsModule, register_experts_function
 
@@ -70,7 +70,7 @@ class ExpertRuntime:
         self,
         cache: ExpertCache,
         arena: SlotArena,
-        lane: DiskLane,
+        loads: Loads,
         file: ExpertFile,
         weight_format: WeightFormat,
         compute: ExpertCompute,
@@ -84,15 +84,17 @@ class ExpertRuntime:
         self.transfers = TransferCounters()
         self.cancelled = threading.Event()
         self._arena = arena
-        self._lane = lane
+        self.loads = loads
+        self._tell_event = loads.event if loads.keeps_order else None
+        self._tell_computed = loads.computed if loads.keeps_order else None
         self._file = file
         self._format = weight_format
         self._compute = compute
         self.recorder = recorder
         self.predictor = predictor
-        self._ahead: dict[ExpertKey, Ticket] = {}  # prefetches under way
+        self._ahead: dict[ExpertKey, LoadTicket] = {}  # prefetches under way
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
-        self._tickets: dict[ExpertKey, Ticket] = {}
+        self._tickets: dict[ExpertKey, LoadTicket] = {}
         self._pass: ForwardPass | None = None  # the one that the last event belonged to
         self._held: set[ExpertKey] = set()  # when it began
         self._views: dict[tuple[int, int], Weights] = {}  # (slot, record layout) -> weights
@@ -132,6 +134,8 @@ class ExpertRuntime:
         if self.usage is not None:
             self.usage.record(layer, found, self.current.forward)
         self._sort_prefetches(layer, found)
+        if self._tell_event is not None:
+            self._tell_event([*found.hits, *found.pending, *found.misses])
         if self.predictor is not None:
             self.predictor.record_event(layer, experts, decode=self.current.decode)
         misses = list(found.misses)
@@ -160,15 +164,20 @@ class ExpertRuntime:
                 self._settle(key, self._tickets)
             self.cache.end_event()
             self.transfers.events += 1
-            self.transfers.compute_calls += event.calls
-        return event.result()
+        output = event.result()
+        self.transfers.compute_calls += event.calls
+        return output
 
-    def close(self) -> None:
-        """Finish or drop all loads in flight."""
+    def settle(self) -> None:
+        """Finish or drop all loads in flight, between two events, and forget where weights stand."""
         for tickets in (self._tickets, self._ahead):
             for key in list(tickets):
                 self._settle(key, tickets)
         self._views.clear()
+
+    def close(self) -> None:
+        """Finish or drop all loads in flight. The runtime can serve no event afterwards."""
+        self.settle()
 
     def _arrived(self, loading: list[ExpertKey]) -> list[ExpertKey]:
         """What to wait for and compute next.
@@ -189,6 +198,8 @@ class ExpertRuntime:
         """
         if ready:
             event.compute(ready)
+            if self._tell_computed is not None:
+                self._tell_computed([self.cache.slot(key) for key in ready])
         started = self._start_loads(misses) if misses and not ready else []
         for key in ready:
             self.cache.release(key)
@@ -203,7 +214,7 @@ class ExpertRuntime:
             misses.remove(key)
             self._unused.discard(victim)  # type: ignore[arg-type]
             try:
-                self._tickets[key] = self._lane.load(key, self._arena.buffer(slot))
+                self._tickets[key] = self.loads.load(key, slot, victim=victim)
             except BaseException:  # no thread to be had: what has no ticket must not stay loading
                 for load in reserved[number:]:
                     self.cache.abandon(load.key)
@@ -228,7 +239,7 @@ class ExpertRuntime:
         else:
             self.transfers.prefill_bytes += size
 
-    def _settle(self, key: ExpertKey, tickets: dict[ExpertKey, Ticket]) -> None:
+    def _settle(self, key: ExpertKey, tickets: dict[ExpertKey, LoadTicket]) -> None:
         """Wait until nothing writes to the key's slot, then keep or give up the slot. Raises nothing."""
         if tickets.pop(key).settle():
             self.cache.commit(key)
@@ -243,16 +254,16 @@ class ExpertRuntime:
         layer, experts = predicted
         for key, slot, victim in self.cache.reserve_ahead([ExpertKey(layer, expert) for expert in experts]):
             self._unused.discard(victim)  # type: ignore[arg-type]
-            self._ahead[key] = self._lane.load(key, self._arena.buffer(slot), prefetch=True)
+            self._ahead[key] = self.loads.load(key, slot, victim=victim, prefetch=True)
             self._unused.add(key)
             self.transfers.prefetched += 1
 
     def _take_arrivals(self) -> None:
         """Make the prefetches that have arrived ready; one that failed is forgotten: a demand will tell why."""
         for key in [key for key, ticket in self._ahead.items() if ticket.ready()]:
-            size = self._ahead[key].size
+            ticket = self._ahead[key]
             self._settle(key, self._ahead)
-            self._count_bytes(size)
+            self._count_bytes(ticket.size)
 
     def _sort_prefetches(self, layer: int, found: Lookup) -> None:
         """Those that this event needs become its loads; those that came too late are dropped if they have not begun."""

@@ -25,11 +25,12 @@ class PreallocatedLayer(DynamicLayer):
         self.capacity = capacity
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self._buffers = tuple(
+        buffers = tuple(  # first of all: where there is no memory for them, the layer stays as it was
             states.new_empty((*states.shape[:2], self.capacity, states.shape[3]))
             for states in (key_states, value_states)
         )
+        super().lazy_initialization(key_states, value_states)
+        self._buffers = buffers
         self._cleared = 0
         self.keys, self.values = (buffer[:, :, :0] for buffer in self._buffers)
 

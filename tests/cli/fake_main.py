@@ -56,7 +56,7 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> FakeEngine:
     return FakeEngine(SCRIPTS[sys.argv[0]], context_tokens=settings.context_tokens or 1000)
 
 
-def plan_model(settings: EngineSettings, on_event: OnEvent) -> FakePlan:
+def plan_model(settings: EngineSettings, on_event: OnEvent, hardware: str | None = None) -> FakePlan:
     if settings.ram == 2**20:
         raise BudgetError("--ram 1 MiB is too small; the smallest that works is --ram 500MiB")
     return FakePlan()

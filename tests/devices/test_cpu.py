@@ -131,5 +131,5 @@ def test_memory_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None
 def test_names() -> None:
     assert get_device("auto").name == get_device("cpu").name == "cpu"
     assert get_device("cpu").torch_device == torch.device("cpu")
-    with pytest.raises(UsageError, match="--device: 'tpu' is not supported yet; use cpu"):
+    with pytest.raises(UsageError, match="--device: 'tpu' is not one of auto, cpu, cuda, simulated"):
         get_device("tpu")

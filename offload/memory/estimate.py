@@ -1,0 +1,107 @@
+"""How fast a model would decode on a named machine under a plan, and what holds it back. A pure function."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cache.machines import Machine
+from offload.memory.tier_plan import TierPlan
+
+_LAUNCHES = 77
+"""Operations that PyTorch launches for one layer of today's models in eager mode (counted for Qwen3-MoE)."""
+_HIT_RATES = ((0.0, 0.0), (0.0625, 0.257), (0.125, 0.431), (0.25, 0.678), (0.5, 0.925), (0.75, 0.99), (1.0, 1.0))
+"""Hit rate by residency: a published trace of gpt-oss-20b (24 layers, 32 experts, top 4), 9,544 decoded tokens, with
+``ewma`` and the scope ``global``, replayed with ``cache.simulate`` (2026-11-25). Models with more and smaller experts
+may do better: a short trace with 128 experts a layer hits 59 % at a residency of an eighth, 79 % at a quarter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a token takes: MoE layers, and experts in each of them."""
+
+    layers: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds for one decoded token by lane. Kernels wait for their launches, and both wait for the slower of link and
+    disk, which work one behind the other on different records. ``hit_rate`` and ``host_hit_rate`` are those assumed.
+    """
+
+    machine: str
+    hit_rate: float
+    host_hit_rate: float
+    launches_s: float
+    kernels_s: float
+    link_s: float
+    disk_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / (max(self.launches_s, self.kernels_s) + max(self.link_s, self.disk_s))
+
+    @property
+    def bottleneck(self) -> str:
+        lanes = {
+            "disk": self.disk_s,
+            "link": self.link_s,
+            "device memory": self.kernels_s,
+            "launches": self.launches_s,
+        }
+        return max(lanes, key=lambda lane: lanes[lane])
+
+    def summary(self) -> list[str]:
+        lanes = (
+            f"launches {1e3 * self.launches_s:.1f} ms, kernels {1e3 * self.kernels_s:.1f}, "
+            f"link {1e3 * self.link_s:.1f}, disk {1e3 * self.disk_s:.1f}"
+        )
+        found = f"{self.hit_rate:.0%} of the experts found in VRAM, {self.host_hit_rate:.0%} of the rest in RAM"
+        return [
+            f"expected on {self.machine}: {self.tokens_per_s:.1f} tokens/s, held back by the {self.bottleneck} "
+            f"(a token: {lanes}); {found}",
+            f"to go faster: {_ADVICE[self.bottleneck]}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"tokens_per_s": self.tokens_per_s, "bottleneck": self.bottleneck}
+
+
+_ADVICE = {
+    "disk": "a larger --ram holds more experts; --format int4 makes them smaller; --tiers exclusive holds more where "
+    "VRAM and RAM are of a size",
+    "link": "a larger --vram or a smaller --ctx gives more slots; --format int4 makes experts smaller; --dense-format "
+    "int8 makes room",
+    "device memory": "--format int4 and --dense-format int8 give the device fewer bytes to read",
+    "launches": "no flag helps: the device waits for the CPU",
+}
+
+
+def expected_hit_rate(residency: float) -> float:
+    """Between the points of a real trace, on straight lines."""
+    for (low, least), (high, most) in itertools.pairwise(_HIT_RATES):
+        if residency <= high:
+            return least + (most - least) * (residency - low) / (high - low)
+    return 1.0
+
+
+def estimate(plan: TierPlan, work: Work, machine: Machine) -> Estimate:
+    """Decoding one token at a time, the prompt behind it, caches warm."""
+    sizes = plan.sizes
+    record = sizes.slot_bytes
+    accesses = work.layers * work.top_k
+    in_vram, in_memory = expected_hit_rate(plan.residency), expected_hit_rate(plan.in_memory)
+    misses = accesses * (1 - in_vram)
+    reads = accesses * (1 - max(in_vram, in_memory))
+    return Estimate(
+        machine=machine.title,
+        hit_rate=in_vram,
+        host_hit_rate=1 - reads / misses if misses else 1.0,
+        launches_s=work.layers * _LAUNCHES * machine.launch_s,
+        kernels_s=(sizes.skeleton_bytes + accesses * record) / machine.expert_bytes_per_s
+        + work.layers * machine.event_s,
+        link_s=misses * (record / machine.link_bytes_per_s + machine.load_s),
+        disk_s=reads * (record / machine.disk_bytes_per_s + machine.load_s),
+    )

@@ -1,0 +1,198 @@
+"""The CUDA device against a fake ``torch.cuda``: the order of what is asked of it. tests/gpu has what a card shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from offload.devices import get_device
+from offload.devices.cuda import CudaFence, CudaHostArena, CudaLink, CudaSlotArena
+from offload.errors import BudgetError, DeviceError, UsageError
+
+SLOT = 4096
+CPU = torch.device("cpu")
+
+
+class FakeCuda:
+    """Streams and events that write down what is asked of them."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, ...]] = []
+        self.done = False
+        self.registered: list[tuple[int, int]] = []
+        self.refuse_pinning = False
+        self.made = {"stream": 0, "event": 0}
+        fake = self
+
+        class Stream:
+            def __init__(self, device: Any = None) -> None:
+                fake.made["stream"] += 1
+                self.name = f"stream{fake.made['stream']}"
+
+            def wait_event(self, event: Any) -> None:
+                fake.log.append((self.name, "wait", event.name))
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                fake.made["event"] += 1
+                self.name = f"event{fake.made['event']}"
+
+            def record(self, stream: Any) -> None:
+                fake.log.append((stream.name, "record", self.name))
+
+            def query(self) -> bool:
+                return fake.done
+
+            def synchronize(self) -> None:
+                fake.log.append(("host", "wait", self.name))
+
+            def elapsed_time(self, other: Any) -> float:
+                return 250.0
+
+        class Runtime:
+            @staticmethod
+            def cudaHostRegister(address: int, size: int, flags: int) -> int:
+                fake.registered.append((address, size))
+                return 2 if fake.refuse_pinning else 0
+
+            @staticmethod
+            def cudaHostUnregister(address: int) -> int:
+                fake.registered = [entry for entry in fake.registered if entry[0] != address]
+                return 0
+
+        self.Stream, self.Event = Stream, Event
+        self.kernels = Stream()
+        self.kernels.name = "kernels"
+        self.cudart = lambda: Runtime
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.log.append((stream.name, "enter"))
+        yield
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    for name in ("Stream", "Event", "stream", "cudart"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: fake.kernels)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: fake.log.append(("host", "empty")))
+    return fake
+
+
+@pytest.fixture
+def link(cuda: FakeCuda) -> CudaLink:
+    arena, host = CudaSlotArena(CPU, 4, SLOT, 4), CudaHostArena(6, SLOT)
+    for buffer in range(6):
+        host.writable(buffer)[:] = bytes([buffer + 1]) * SLOT
+    return CudaLink(CPU, arena, host)
+
+
+def test_a_copy_up_waits_for_the_slots_last_kernel_and_kernels_wait_for_it(cuda: FakeCuda, link: CudaLink) -> None:
+    used = link.computed([2])
+    assert isinstance(used, CudaFence)
+    cuda.log.clear()
+    fence = link.upload(3, 2, 100, [used])
+    assert isinstance(fence, CudaFence)
+    stream = cuda.log[0][0]
+    assert stream != "kernels"
+    assert cuda.log == [
+        (stream, "enter"),
+        (stream, "wait", used.event.name),
+        (stream, "record", fence.event.name),
+    ]
+    assert link._arena.tensor(2)[:101].tolist()[98:100] == [4, 4]
+    cuda.log.clear()
+    link.join(fence)
+    assert ("kernels", "wait", fence.event.name) in cuda.log
+    assert all(name == "kernels" for name, *_ in cuda.log), "the CPU does not wait"
+
+
+def test_a_copy_that_is_done_is_not_waited_for(cuda: FakeCuda, link: CudaLink) -> None:
+    fence = link.upload(0, 0, SLOT, [])
+    cuda.done = True
+    cuda.log.clear()
+    link.join(fence)
+    assert cuda.log == []
+    assert fence.done()
+
+
+def test_stalls_are_measured_by_the_card(cuda: FakeCuda, link: CudaLink) -> None:
+    for slot in range(3):
+        link.join(link.upload(slot, slot, SLOT, []))
+    assert link.stall_seconds() == 0, "not known yet"
+    cuda.done = True
+    assert link.stall_seconds() == pytest.approx(0.75)
+    assert link.stall_seconds() == pytest.approx(0.75)
+
+
+def test_up_and_down_have_a_stream_each(cuda: FakeCuda, link: CudaLink) -> None:
+    up = link.upload(1, 1, SLOT, [])
+    first = cuda.log[-1][0]
+    link.download(1, 5, SLOT, [up])
+    assert cuda.log[-1][0] not in (first, "kernels")
+    assert bytes(link._host.writable(5)) == bytes([2]) * SLOT
+
+
+def test_host_buffers_are_pinned_when_they_are_first_written(cuda: FakeCuda) -> None:
+    size = 6 * 2**20
+    host = CudaHostArena(10, size)  # two to a group
+    assert [length for _, length in cuda.registered] == [2 * size], "the last group: staging buffers"
+    host.writable(0)
+    host.writable(1)
+    assert len(cuda.registered) == 2
+    host.release([0])
+    assert len(cuda.registered) == 2, "its neighbour is in use"
+    host.release([0, 1])
+    assert len(cuda.registered) == 1
+    host.close()
+    assert cuda.registered == []
+
+
+def test_without_the_right_to_pin_memory_copies_still_work(cuda: FakeCuda) -> None:
+    cuda.refuse_pinning = True
+    host = CudaHostArena(6, SLOT)
+    assert not host.pinned
+    host.writable(1)[:] = b"x" * SLOT
+    assert host.tensor(1)[0] == ord("x")
+    assert len(cuda.registered) == 1, "it is not tried again and again"
+
+
+def test_fewer_slots_where_the_card_refuses_more(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, given = torch.empty, []
+
+    def scarce(*args: Any, **options: Any) -> torch.Tensor:
+        if len(given) == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        given.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    arena = CudaSlotArena(CPU, 64, SLOT, 64)
+    assert arena.segment_slots == 2
+    assert arena.available == list(range(6))
+    arena.release([2, 3])
+    assert arena.available == [0, 1, 4, 5]
+    assert cuda.log == [("host", "empty")], "freed segments go back to the card"
+    with pytest.raises(ValueError, match="as a whole"):
+        arena.release([4])
+    with pytest.raises(BudgetError, match="--vram"):
+        CudaSlotArena(CPU, 4, SLOT, 4)
+
+
+def test_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=r"--device cuda: .* or use --device cpu"):
+        get_device("cuda")
+    with pytest.raises(UsageError, match="'cuda:x' is not a card"):
+        get_device("cuda:x")
+    assert get_device("auto").name == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(DeviceError, match="there are 1 cards"):
+        get_device("cuda:1")
