@@ -159,7 +159,7 @@ def test_what_cannot_be_changed_is_said_and_changes_nothing(engine: Engine) -> N
     for changes, problem in (
         (LiveChanges(policy="nope"), "unknown policy 'nope'; there are"),
         (LiveChanges(policy="lru", prefetch="nope"), "'nope'"),
-        (LiveChanges(policy="lru", ram=1), "ram cannot be changed"),
+        (LiveChanges(policy="lru", ram=1), "--ram 1 B is too small"),
     ):
         with pytest.raises(UsageError, match=problem):
             engine.change(changes)

@@ -13,6 +13,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _CONTROL = re.compile(r"\x1b\[([?<>=]?)([\d;:]*)[ -/]*([@-~])|\x1b[PX^_\]].*?(?:\x1b\\|\a)|\x1b[^\[P\]]", re.DOTALL)
@@ -72,12 +73,18 @@ class Terminal:
         """The terminal's settings now."""
         return termios.tcgetattr(self._slave)
 
-    def close(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+    def hang_up(self) -> None:
+        """As if the window was closed, without a signal to tell the program so."""
         os.close(self._master)
-        os.close(self._slave)
+        self._master = -1
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):  # its group may live on without it
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for descriptor in (self._master, self._slave):
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def _read(self, seconds: float) -> None:
         while select.select([self._master], [], [], seconds)[0]:

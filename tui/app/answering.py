@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from offload.errors import UsageError
-from offload.events import Done, Event, PrefillProgress, Token
+from offload.events import Done, Event, Notice, PrefillProgress, Token
 from tui.app import live, loading
 from tui.app.entries import Answer, Entry, Question
 from tui.asking import why_cut
@@ -80,6 +80,8 @@ def _take_event(app: ChatApp, event: Event) -> None:
         left = event.total - event.done
         answer.waiting = f"reading the prompt: {event.done} of {event.total} tokens" if left else "…"
         app.transcript.extend(answer, "")
+    elif isinstance(event, Notice):
+        app.notify(event.text, timeout=10)
     elif isinstance(event, Done):
         became_turn = app.session.end(event)
         app.answer = None

@@ -26,6 +26,7 @@ from tui.app import answering, handlers, loading
 from tui.app.clipboard import copy_text
 from tui.app.drawer import Drawer
 from tui.app.entries import Answer, Note
+from tui.app.hangup import HangupWatch
 from tui.app.look import DARK, LIGHT, Look, make_look, theme_name
 from tui.app.map_box import ExpertMap
 from tui.app.pace import Pace
@@ -151,6 +152,7 @@ class ChatApp(App[int]):
         if not self.is_headless:
             for number in (signal.SIGTERM, signal.SIGHUP):  # or the terminal would stay as it is
                 self._loop.add_signal_handler(number, self.leave, 128 + number)
+            HangupWatch(self._hung_up, 128 + signal.SIGHUP)
         self.theme_changed_signal.subscribe(self, lambda theme: self.restyle())
         self.arrange()
         self.show_title()
@@ -311,6 +313,12 @@ class ChatApp(App[int]):
         self.transcript.add(Note(text, kind))
 
     # leaving
+
+    def _hung_up(self) -> None:
+        """On a thread of its own."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the app has left
+            self._loop.call_soon_threadsafe(self.leave, 128 + signal.SIGHUP)
 
     def leave(self, code: int = ExitCode.DONE) -> None:
         """Stop what is running and go. The engine is closed after the terminal is restored."""
