@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from offload.config import DEFAULT_POLICY, DEFAULT_SCOPE, format_size
 from offload.errors import UsageError
@@ -33,10 +33,10 @@ from tui.flags import (
 from tui.laboratory_flags import add_trace_commands, add_tune_flags
 from tui.libraries import hub_is_offline, prepare_libraries
 from tui.outputs import check_outputs
-from tui.parser import Parser, Version
 from tui.question import read_question
 from tui.saved import add_saved_flags, find_saved, is_full_terminal, list_saved
 from tui.text import check_text
+from tui.version import VersionAction
 
 if TYPE_CHECKING:
     from offload.config import EngineSettings, SamplingSettings
@@ -60,17 +60,22 @@ _FLAG_GROUPS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. A parsed namespace has ``run`` (the command) and ``flags`` (its shared flags)."""
-    parser = Parser(
+    parser = _Parser(
         prog="run-local",
         description="Run Mixture-of-Experts models whose experts stream from disk, under a hard memory budget.",
         epilog=f"{_ENVIRONMENT}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=Version, nargs=0, help="print the version and leave")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    parser.add_argument("--version", action=VersionAction, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
     chat = _add_command(commands, "chat", _chat, "ask a model", ("model", "format", "memory", "run", "sampling"))
     chat.add_argument(
@@ -155,8 +160,8 @@ def _values(arguments: argparse.Namespace) -> FlagValues:
 
 
 def _add_command(
-    commands: argparse._SubParsersAction[Parser], name: str, run: Command, summary: str, groups: Sequence[str]
-) -> Parser:
+    commands: argparse._SubParsersAction[_Parser], name: str, run: Command, summary: str, groups: Sequence[str]
+) -> _Parser:
     parser = commands.add_parser(
         name,
         help=summary,
@@ -171,11 +176,11 @@ def _add_command(
     return parser
 
 
-def _nested(parser: Parser, command: str, run: Command) -> Callable[[str, str], Parser]:
+def _nested(parser: _Parser, command: str, run: Command) -> Callable[[str, str], _Parser]:
     """What adds commands below ``command``."""
-    below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    def add(name: str, summary: str) -> Parser:
+    def add(name: str, summary: str) -> _Parser:
         added = _add_command(below, name, run, summary, ())
         added.set_defaults(command=command, action=name)
         return added

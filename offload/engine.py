@@ -8,7 +8,6 @@ threads only :meth:`Engine.cancel` and :meth:`Engine.snapshot` may be called.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +25,7 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import Cancelled, RunLocalError, UsageError
 from offload.events import Done, Event, FinishReason, LiveChanges, Notice, PrefillProgress, RowEvent, RunStats, Token
+from offload.generation.passes import Passes
 from offload.generation.row_passes import RowPasses
 from offload.generation.sampling import Sampler, stop_ids
 from offload.generation.scoring import score_chunk, score_pieces
@@ -37,7 +37,7 @@ from offload.memory.resize import Rooms
 from offload.memory.storage import AnyPlan, Storage
 from offload.memory.work import Work
 from offload.meter import Meter, RunLabels, Tally, run_stats
-from offload.model.experts import ExpertRuntime, ForwardPass
+from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
 from offload.model.prefetchers import Prefetcher, make_prefetcher
@@ -103,7 +103,6 @@ class Engine(LiveMethods):
         self._decoding = decoding
         self._encoder = encoder
         self._defaults = generation_config
-        self._plan = plan
         self._labels = labels
         self._runtime = runtime
         self._storage = storage
@@ -119,14 +118,10 @@ class Engine(LiveMethods):
         self._lap = Tally()
         self._meter: Meter | None = None
         self._seed: int | None = None
-        self._requests = self._forwards = 0
         self._closed = False
-        self._notices: list[Notice] = []
         self._rooms = Rooms(runtime, storage, plan)
-        self._plan = self._rooms.plan  # with the slots that the device gave
+        self._passes = Passes(model, storage.device, runtime, self._kv, self._rooms, self._prefill_chunk)
         self._stop_ids = stop_ids(generation_config, encoder.eos_id)
-        accepted = inspect.signature(model.forward).parameters
-        self._forward_options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._vocabulary: int = model.config.get_text_config().vocab_size
         self._score_chunk = score_chunk(model.dtype.itemsize, self._vocabulary, self._prefill_chunk)
         self._score_tokens = self._score_chunk if whole_prompts else self.context_tokens
@@ -137,15 +132,16 @@ class Engine(LiveMethods):
 
     @property
     def context_tokens(self) -> int:
-        return self._plan.sizes.context_tokens
+        return self.plan.sizes.context_tokens
 
     @property
     def ram_budget_bytes(self) -> int:
-        return self._plan.budget
+        return self.plan.budget
 
     @property
     def plan(self) -> AnyPlan:
-        return self._plan
+        """With the slots that the device gave, and those of the last change."""
+        return self._rooms.plan
 
     @property
     def format(self) -> str:
@@ -165,11 +161,11 @@ class Engine(LiveMethods):
 
     def work(self) -> Work:
         """See :meth:`offload.protocol.BenchEngine.work`."""
-        return model_work(self._model, self._plan.sizes, len(self._modules), self._labels)
+        return model_work(self._model, self.plan.sizes, len(self._modules), self._labels)
 
     @property
     def rows_at_once(self) -> int:
-        return self._plan.sizes.rows
+        return self.plan.sizes.rows
 
     def prepare(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> PreparedRow:
         """See :meth:`offload.protocol.RowEngine.prepare`."""
@@ -236,13 +232,13 @@ class Engine(LiveMethods):
         self._kv.reset()
 
     def stats(self) -> RunStats:
-        return run_stats(self._so_far(), self._labels, self._plan, self._device, self._seed)
+        return run_stats(self._so_far(), self._labels, self.plan, self._device, self._seed)
 
     def lap(self) -> RunStats:
         """See :meth:`offload.protocol.BenchEngine.lap`."""
         now = self._so_far()
         part, self._lap = now.since(self._lap), now
-        return run_stats(part, self._labels, self._plan, self._device, self._seed)
+        return run_stats(part, self._labels, self.plan, self._device, self._seed)
 
     def _so_far(self) -> Tally:
         """Sums since the opening, the running generation included."""
@@ -251,8 +247,8 @@ class Engine(LiveMethods):
     def _watched(self) -> Watched:
         with self._live.lock:
             sums = self._session.plus(self._meter.peek(self._live.stall_link) if self._meter is not None else Tally())
-        stats = run_stats(sums, self._labels, self._plan, self._device, self._seed)
-        return Watched(sums, stats, len(self._kv.tokens), self._plan, self._settings)
+        stats = run_stats(sums, self._labels, self.plan, self._device, self._seed)
+        return Watched(sums, stats, len(self._kv.tokens), self.plan, self._settings)
 
     def change(self, changes: LiveChanges) -> None:
         """See :meth:`offload.protocol.LiveEngine.change`."""
@@ -263,7 +259,7 @@ class Engine(LiveMethods):
         plan = self._rooms.planned(changes)
         changes = dataclasses.replace(changes, residency=None, ram=None, vram=None)
         self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher)
-        self._plan = self._rooms.follow(plan)
+        self._rooms.follow(plan)
         now = self._settings
         self._labels = dataclasses.replace(self._labels, policy=now.policy, scope=now.scope, prefetch=now.prefetch)
 
@@ -307,7 +303,7 @@ class Engine(LiveMethods):
         reason: FinishReason = "length"
         failure: str | None = None
         limit = min(len(ids) + sampling.max_new_tokens, self.context_tokens)
-        self._requests += 1
+        self._passes.requests += 1
         try:
             logits = yield from self._prefill(ids, tally)
             while len(tokens) < limit:
@@ -339,7 +335,7 @@ class Engine(LiveMethods):
         if tail:
             shown.append(tail)
             yield Token(tail, tokens[-1])
-        stats = run_stats(tally, self._labels, self._plan, self._device, self._seed)
+        stats = run_stats(tally, self._labels, self.plan, self._device, self._seed)
         yield Done(reason, "".join(shown), len(ids), tally.new_tokens, stats, failure)
 
     def _prefill(self, ids: list[int], tally: Tally) -> Generator[Event, None, torch.Tensor]:
@@ -351,21 +347,21 @@ class Engine(LiveMethods):
             part = ids[start : start + self._prefill_chunk]
             began = self._device.now()
             recent = range(max(0, len(part) - SEED_TOKENS), len(part)) if start + len(part) == len(ids) else ()
-            logits = self._forward(part, decode=False, recent=recent)[-1]
+            logits = self._passes.run(part, decode=False, recent=recent)[-1]
             tally.count_pass(self._device.now() - began, [len(part)], decode=False)
             yield from self._said()
             yield PrefillProgress(start + len(part), len(ids), reused)
         return logits
 
     def _said(self) -> Iterator[Notice]:
-        while self._notices:
-            yield self._notices.pop(0)
+        while self._passes.notices:
+            yield self._passes.notices.pop(0)
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         self._live.start_token()
         began = self._device.now()
         with self._decoding:
-            logits = self._forward([token], decode=True)[-1]
+            logits = self._passes.run([token], decode=True)[-1]
         tally.count_pass(seconds := self._device.now() - began, [1], decode=True)
         self._live.end_token(seconds)
         return logits
@@ -373,24 +369,30 @@ class Engine(LiveMethods):
     def _generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
         meter = self._meter = Meter(self._runtime, self._device)
         passes = RowPasses(
-            self._model, self._runtime, self._plan.sizes, meter, self._prefill_chunk, self._requests, self._forwards
+            self._model,
+            self._runtime,
+            self.plan.sizes,
+            meter,
+            self._prefill_chunk,
+            self._passes.requests,
+            self._passes.forwards,
         )
         try:
             yield from passes.run(take, self._encoder.tokenizer, self._stop_ids, self._defaults)
         finally:
-            self._requests, self._forwards = passes.requests, passes.forwards
+            self._passes.requests, self._passes.forwards = passes.requests, passes.forwards
             self._close_meter(meter)
 
     def _score(self, ids: list[int]) -> Iterator[torch.Tensor]:
         """The pieces of :meth:`score`."""
         meter = self._meter = Meter(self._runtime, self._device)
         meter.tally.prompt_tokens = len(ids)
-        self._requests += 1
+        self._passes.requests += 1
         self.reset()
 
         def forward(part: list[int]) -> torch.Tensor:
             began = self._device.now()
-            logits = self._forward(part, decode=False, all_positions=True)
+            logits = self._passes.run(part, decode=False, all_positions=True)
             meter.tally.count_pass(self._device.now() - began, [len(part)], decode=False)
             return logits
 
@@ -405,46 +407,3 @@ class Engine(LiveMethods):
             self._session.add(meter.read())
             if self._meter is meter:
                 self._meter = None
-
-    def _forward(
-        self, tokens: list[int], *, decode: bool, all_positions: bool = False, recent: Sequence[int] = ()
-    ) -> torch.Tensor:
-        """Run ``tokens`` on top of the KV cache; returns logits [n, V] on the CPU that end with the last position's.
-
-        ``all_positions``: those of all tokens. ``recent``: places of the tokens that say what comes next. On any error
-        the KV cache forgets what this pass added. Where the device's memory is used up, slots are given up until the
-        pass fits; :attr:`_notices` says so.
-        """
-        while True:
-            before = list(self._kv.tokens)
-            try:
-                return self._pass(tokens, decode, all_positions, recent)
-            except Exception as error:
-                if not self._device.out_of_memory(error):
-                    raise
-                self._notices.append(Notice(self._rooms.make_room(error)))
-                self._plan = self._rooms.plan
-            lost = before[len(self._kv.tokens) :]  # a recurrent state cannot go back a step
-            for start in range(0, len(lost), self._prefill_chunk):
-                self._forward(lost[start : start + self._prefill_chunk], decode=False)
-
-    @torch.inference_mode()
-    def _pass(self, tokens: list[int], decode: bool, all_positions: bool, recent: Sequence[int]) -> torch.Tensor:
-        self._forwards += 1
-        self._runtime.current = ForwardPass(
-            self._requests - 1, len(self._kv.tokens), self._forwards - 1, decode, recent=[(token,) for token in recent]
-        )
-        try:
-            with self._device.running():
-                output = self._model(
-                    input_ids=torch.tensor([tokens], device=self._device.torch_device),
-                    past_key_values=self._kv.cache,
-                    use_cache=True,
-                    **({} if all_positions else self._forward_options),
-                )
-                logits: torch.Tensor = output.logits[0].to("cpu")
-        except BaseException:
-            self._kv.after_failure()
-            raise
-        self._kv.tokens += tokens
-        return logits

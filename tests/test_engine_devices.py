@@ -52,8 +52,8 @@ def logits_of(engine: Engine) -> list[torch.Tensor]:
     """Of a prompt and three decoding steps."""
     engine.reset()
     engine._runtime.cancelled.clear()
-    return [engine._forward([3, 9, 27, 81, 11, 12], decode=False)] + [
-        engine._forward([token], decode=True) for token in (5, 50, 7)
+    return [engine._passes.run([3, 9, 27, 81, 11, 12], decode=False)] + [
+        engine._passes.run([token], decode=True) for token in (5, 50, 7)
     ]
 
 

@@ -65,10 +65,7 @@ class Sampler:
         scores = self._processors(torch.tensor([tokens]), scores)
         if self.greedy:
             return int(scores.argmax(-1))
-        # torch.multinomial draws a random number for every token of the vocabulary: a millisecond instead of 0.1
-        reached = scores[0].softmax(-1).cumsum(-1, dtype=torch.float64)
-        drawn = torch.rand(1, generator=self._random, dtype=torch.float64) * reached[-1]
-        return min(int(torch.searchsorted(reached, drawn, right=True)), len(reached) - 1)  # rounded up to the very end
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
 
 
 def stop_ids(config: GenerationConfig, tokenizer_eos: int | None) -> frozenset[int]:

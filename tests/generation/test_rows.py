@@ -108,9 +108,9 @@ def test_an_expert_is_read_once_for_all_rows_of_a_pass(checkpoints: Callable[[st
         answer_rows(engine, rows)
         stats = engine.stats()
         counters = engine._runtime.cache.counters
-        reads = stats.bytes.disk_read // engine._plan.sizes.slot_bytes
+        reads = stats.bytes.disk_read // engine.plan.sizes.slot_bytes
         assert reads <= counters.prefill.misses + counters.decode.misses
-        layers, passes = 4, engine._forwards
+        layers, passes = 4, engine._passes.forwards
         assert stats.experts.events == layers * passes
         assert stats.experts.accesses <= layers * passes * 8
         assert stats.decode_passes == 5

@@ -19,8 +19,8 @@ VARIED = SamplingSettings(temperature=1.2, seed=5, max_new_tokens=24)
 
 def logits_of(engine: Engine) -> list[torch.Tensor]:
     engine.reset()
-    return [engine._forward([3, 9, 27, 81, 11, 12], decode=False)] + [
-        engine._forward([token], decode=True) for token in (5, 50, 7)
+    return [engine._passes.run([3, 9, 27, 81, 11, 12], decode=False)] + [
+        engine._passes.run([token], decode=True) for token in (5, 50, 7)
     ]
 
 

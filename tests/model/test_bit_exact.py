@@ -22,9 +22,9 @@ def logits(engine: Engine) -> list[torch.Tensor]:
     engine._forward_options = {}  # the reference computes the logits of every position
     seen: list[torch.Tensor] = []
     hook = engine._model.register_forward_hook(lambda module, args, output: seen.append(output.logits.clone()))
-    engine._forward(IDS[0].tolist(), decode=False)
+    engine._passes.run(IDS[0].tolist(), decode=False)
     for token in DECODE_IDS:
-        engine._forward([token], decode=True)
+        engine._passes.run([token], decode=True)
     hook.remove()
     return seen
 

@@ -1,0 +1,75 @@
+"""Forward passes over one conversation: the model on top of its KV cache, numbered for the routing trace."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from offload.devices.base import Device
+from offload.events import Notice
+from offload.memory.resize import Rooms
+from offload.model.experts import ExpertRuntime, ForwardPass
+from offload.model.kv_cache import KVState
+
+
+class Passes:
+    """``requests`` and ``forwards`` count what was begun. ``notices`` collects what a front end should say."""
+
+    def __init__(
+        self, model: PreTrainedModel, device: Device, runtime: ExpertRuntime, kv: KVState, rooms: Rooms, chunk: int
+    ) -> None:
+        self.requests = self.forwards = 0
+        self.notices: list[Notice] = []
+        self._model = model
+        self._device = device
+        self._runtime = runtime
+        self._kv = kv
+        self._rooms = rooms
+        self._chunk = chunk
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def run(
+        self, tokens: list[int], *, decode: bool, all_positions: bool = False, recent: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Run ``tokens`` on top of the KV cache; returns logits [n, V] on the CPU that end with the last position's.
+
+        ``all_positions``: those of all tokens. ``recent``: places of the tokens that say what comes next. On any error
+        the KV cache forgets what this pass added. Where the device's memory is used up, slots are given up until the
+        pass fits; :attr:`notices` says so.
+        """
+        while True:
+            before = list(self._kv.tokens)
+            try:
+                return self._once(tokens, decode, all_positions, recent)
+            except Exception as error:
+                if not self._device.out_of_memory(error):
+                    raise
+                self.notices.append(Notice(self._rooms.make_room(error)))
+            lost = before[len(self._kv.tokens) :]  # a recurrent state cannot go back a step
+            for start in range(0, len(lost), self._chunk):
+                self.run(lost[start : start + self._chunk], decode=False)
+
+    @torch.inference_mode()
+    def _once(self, tokens: list[int], decode: bool, all_positions: bool, recent: Sequence[int]) -> torch.Tensor:
+        self.forwards += 1
+        self._runtime.current = ForwardPass(
+            self.requests - 1, len(self._kv.tokens), self.forwards - 1, decode, recent=[(token,) for token in recent]
+        )
+        try:
+            with self._device.running():
+                output = self._model(
+                    input_ids=torch.tensor([tokens], device=self._device.torch_device),
+                    past_key_values=self._kv.cache,
+                    use_cache=True,
+                    **({} if all_positions else self._last_only),
+                )
+                logits: torch.Tensor = output.logits[0].to("cpu")
+        except BaseException:
+            self._kv.after_failure()
+            raise
+        self._kv.tokens += tokens
+        return logits
