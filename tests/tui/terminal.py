@@ -61,6 +61,15 @@ class Terminal:
             self._read(0.2)
         raise AssertionError(f"the screen never said {ready!r}:\n{self.text()}\n{self.raw[-2000:]!r}")
 
+    def settled(self, seconds: float = 90) -> str:
+        """Wait until the screen has not changed for a second; returns its text."""
+        end, quiet, text = time.monotonic() + seconds, time.monotonic(), self.text()
+        while (now := time.monotonic()) < min(end, quiet + 1):
+            self._read(0.1)
+            if self.text() != text:
+                quiet, text = now, self.text()
+        return text
+
     def leave(self, seconds: float = 30) -> int:
         """Wait for the program's end; returns its exit code."""
         end = time.monotonic() + seconds
