@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from offload.config import DEFAULT_POLICY, DEFAULT_SCOPE, format_size
-from offload.errors import RunLocalError, UsageError
+from offload.errors import UsageError
+from offload.host import LocalHost, write_stats
 from tui.bench import BENCH_SAMPLING_FLAGS, add_bench_flags, given_flags, read_text
 from tui.config_file import kept_flags
 from tui.failures import EXIT_CODES, ExitCode, run_guarded
@@ -32,7 +33,9 @@ from tui.flags import (
 from tui.laboratory_flags import add_trace_commands, add_tune_flags
 from tui.libraries import hub_is_offline, prepare_libraries
 from tui.outputs import check_outputs
-from tui.text import check_text, decode
+from tui.question import read_question
+from tui.saved import add_saved_flags, find_saved, is_full_terminal, list_saved
+from tui.text import check_text
 from tui.version import VersionAction
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from tui.screen import Screen
 
 Command = Callable[[argparse.Namespace, FlagValues], int]
-_COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config")
+_COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config", "completion")
 
 _ENVIRONMENT = """\
 Flags of the groups model, format, memory, run and sampling can also be set in the environment (--ctx is RUN_LOCAL_CTX),
@@ -82,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="answer this and leave, instead of chatting; what comes on standard input is put after it",
     )
     chat.add_argument("--system", metavar="TEXT", help="system prompt (default: none, or the chat template's own)")
-    chat.add_argument("--plain", action="store_true", help="the plain console: so far the only front end there is")
+    chat.add_argument("--plain", action="store_true", help="the plain console, as also where there is no terminal")
+    add_saved_flags(chat)
 
     batch = _add_command(
         commands, "batch", _batch, "answer a file of prompts", ("model", "format", "memory", "run", "sampling", "batch")
@@ -123,6 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     for group, flags in _FLAG_GROUPS.items():
         _add_flags(show, group, flags)
     show.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    completion = _add_command(commands, "completion", _completion, "print what a shell needs to complete this", ())
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell: bash, zsh or fish")
     return parser
 
 
@@ -132,9 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse_args(argv)
-    if not hasattr(arguments, "run"):
-        raise UsageError(f"give a command: {', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]} (see run-local --help)")
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser().parse_args(given or ["chat"])
     values = _values(arguments)
     if hub_is_offline(os.environ):
         values.given.setdefault("offline", True)
@@ -192,35 +197,34 @@ def _add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag
 
 def _chat(arguments: argparse.Namespace, values: FlagValues) -> int:
     settings, sampling = values.engine(), values.sampling()
-    check_outputs(values)
-    question = _question(arguments.question)
-    system = check_text(arguments.system or "", "--system")
+    if arguments.list:
+        from tui.screen import Screen
 
-    from tui.conversation import Conversation
+        Screen().answer(list_saved())
+        return ExitCode.DONE
+    check_outputs(values)
+    question = read_question(arguments.question)
+    system = check_text(arguments.system or "", "--system") or None
+    saved = find_saved(arguments)
+    if question is None and not arguments.plain and is_full_terminal(os.environ):
+        from tui.app.run import ChatRequest, run_app
+
+        prepare_libraries(settings.offline)
+        host = LocalHost(values.given.get("stats_json"), settings.experts_dir)
+        return run_app(host, ChatRequest(settings, sampling, system, saved))
+
     from tui.plain import PlainChat
     from tui.prompt import terminal_reader
+    from tui.saved import plain_session
     from tui.screen import Screen
 
     screen = Screen()
-    with _open_engine(settings, values, screen) as engine:
-        chat = PlainChat(engine, screen, sampling, Conversation(system or None))
+    with (
+        closing(plain_session(saved, sampling, system, screen.problem)) as session,
+        _open_engine(settings, values, screen) as engine,
+    ):
+        chat = PlainChat(engine, screen, sampling, session=session)
         return chat.talk(terminal_reader(screen)) if question is None else chat.answer_once(question)
-
-
-def _question(given: str | None) -> str | None:
-    """The one question to answer: from the command line, standard input, or both; None if the user will type.
-
-    Raises UsageError for an empty one.
-    """
-    text = check_text(given, "the question") if given is not None else None
-    if text is not None and not text.strip():
-        raise UsageError("the question is empty")
-    if sys.stdin.isatty():
-        return text
-    piped = decode(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
-    if text is None and not piped.strip():
-        raise UsageError("standard input is empty; give a question there or after 'chat'")
-    return "\n\n".join(part for part in (text, piped) if part is not None and part.strip())
 
 
 def _batch(arguments: argparse.Namespace, values: FlagValues) -> int:
@@ -387,6 +391,13 @@ def _models(arguments: argparse.Namespace, values: FlagValues) -> int:
     return ExitCode.DONE
 
 
+def _completion(arguments: argparse.Namespace, values: FlagValues) -> int:
+    from tui.completion import SHELLS, read_parser
+
+    sys.stdout.write(SHELLS[arguments.shell](read_parser(build_parser())))
+    return ExitCode.DONE
+
+
 def _trace(arguments: argparse.Namespace, values: FlagValues) -> int:
     from offload.laboratory import traces
     from tui.laboratory_commands import run_trace
@@ -431,17 +442,7 @@ def _open_engine(
         try:
             yield engine
         finally:
-            _write_stats(engine, values.given.get("stats_json"), further or {})
-
-
-def _write_stats(engine: ChatEngine, path: Path | None, further: Mapping[str, object]) -> None:
-    if path is None:
-        return
-    text = json.dumps({**engine.stats().to_json(), **further}, ensure_ascii=False, indent=2) + "\n"
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise RunLocalError(f"--stats-json: {path} cannot be written ({error.strerror})") from error
+            write_stats(engine, values.given.get("stats_json"), further)
 
 
 if __name__ == "__main__":

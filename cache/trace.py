@@ -104,6 +104,10 @@ class TraceRecorder:
         if self._held >= self.SPOOL_ROWS:
             self._flush()
 
+    def __len__(self) -> int:
+        """The rows so far, one for each token of each event."""
+        return self._spool.length + self._held
+
     def save(self, path: Path) -> None:
         """Write the trace, atomically. Raises OSError, leaving no partial file behind. May be called again."""
         self._flush()

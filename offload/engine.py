@@ -2,7 +2,7 @@
 
 Thread ownership: one thread, the one that iterates :meth:`Engine.generate`, owns the model, the KV cache and the expert
 cache. Only the disk lane's workers run beside it, and they touch nothing but the slot they were given. From other
-threads only :meth:`Engine.cancel` may be called.
+threads only :meth:`Engine.cancel` and :meth:`Engine.snapshot` may be called.
 """
 
 from __future__ import annotations
@@ -23,24 +23,15 @@ from cache.trace import TraceRecorder
 from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
-from offload.errors import Cancelled, ContextError, RunLocalError, UsageError
-from offload.events import (
-    Done,
-    Event,
-    FinishReason,
-    LiveChanges,
-    LoadProgress,
-    Notice,
-    PrefillProgress,
-    RowEvent,
-    RunStats,
-    Token,
-)
+from offload.errors import Cancelled, RunLocalError, UsageError
+from offload.events import Done, Event, FinishReason, LiveChanges, Notice, PrefillProgress, RowEvent, RunStats, Token
 from offload.generation.passes import Passes
 from offload.generation.row_passes import RowPasses
 from offload.generation.sampling import Sampler, stop_ids
+from offload.generation.scoring import score_chunk, score_pieces
 from offload.generation.text import Detokenizer, StopStrings
 from offload.learning import check_earlier
+from offload.live import LiveMethods, LiveView, Recording, Watched, save_file
 from offload.memory.process import rss_bytes
 from offload.memory.resize import Rooms
 from offload.memory.storage import AnyPlan, Storage
@@ -50,23 +41,16 @@ from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import KVState
 from offload.model.prefetchers import Prefetcher, make_prefetcher
-from offload.model.prompt import PromptEncoder
+from offload.model.prompt import PromptEncoder, checked_ids, fitting_ids
 from offload.model.transformers_api import ExpertsModule
 from offload.model.work import model_work
-from offload.protocol import Message, PreparedRow, TakeRow
+from offload.protocol import Message, OnLoad, PreparedRow, TakeRow
 
 if TYPE_CHECKING:
     from offload.opening import PlannedModel
 
-OnEvent = Callable[[LoadProgress | Notice], None]
 
-_SCORED_LOGITS_BYTES = 32 * 2**20
-"""Most logits that one forward pass of :meth:`Engine.score` makes. The plan counts those of one position: these live on
-its margin, and on what a pass of fewer tokens leaves of its activations."""
-_SCORED_PIECE_BYTES = 2 * 2**20
-
-
-def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
+def open_engine(settings: EngineSettings, on_event: OnLoad) -> Engine:
     """Open ``settings.model``: download or build, plan, pack, load. Progress and notices go to ``on_event``.
 
     Raises RunLocalError with the remedy.
@@ -82,7 +66,7 @@ def open_engine(settings: EngineSettings, on_event: OnEvent) -> Engine:
     return Engine(**open_model(settings, on_event))
 
 
-def plan_model(settings: EngineSettings, on_event: OnEvent, hardware: str | None = None) -> PlannedModel:
+def plan_model(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:
     """The memory plan of ``settings.model``, from its config alone: no weights are read, packed or downloaded.
 
     With ``hardware`` it is the plan for that machine, with the speed to expect. Raises UsageError if there is no such.
@@ -92,8 +76,8 @@ def plan_model(settings: EngineSettings, on_event: OnEvent, hardware: str | None
     return plan_only(settings, on_event, hardware)
 
 
-class Engine:
-    """One loaded model with one conversation's KV cache. Implements :class:`offload.protocol.BenchEngine`."""
+class Engine(LiveMethods):
+    """One loaded model with one conversation's KV cache. Implements the engines of :mod:`offload.protocol`."""
 
     def __init__(
         self,
@@ -107,7 +91,8 @@ class Engine:
         runtime: ExpertRuntime,
         storage: Storage,
         file: ExpertFile,
-        recorder: TraceRecorder | None,
+        live: LiveView,
+        new_recorder: Callable[[], TraceRecorder],
         modules: list[ExpertsModule],
         settings: EngineSettings,
     ) -> None:
@@ -120,7 +105,7 @@ class Engine:
         self._storage = storage
         self._device = storage.device
         self._file = file
-        self._recorder = recorder
+        super().__init__(live, Recording(runtime, new_recorder))
         self._modules = modules
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
@@ -135,8 +120,7 @@ class Engine:
         self._passes = Passes(model, storage.device, runtime, self._kv, self._rooms, self._prefill_chunk)
         self._stop_ids = stop_ids(generation_config, encoder.eos_id)
         self._vocabulary: int = model.config.get_text_config().vocab_size
-        scored = max(1, _SCORED_LOGITS_BYTES // (model.dtype.itemsize * self._vocabulary))
-        self._score_chunk = min(scored, self._prefill_chunk)
+        self._score_chunk = score_chunk(model.dtype.itemsize, self._vocabulary, self._prefill_chunk)
         self._score_tokens = self._score_chunk if whole_prompts else self.context_tokens
 
     @property
@@ -166,7 +150,7 @@ class Engine:
 
     def generate_ids(self, ids: Sequence[int], sampling: SamplingSettings) -> Iterator[Event]:
         """See :meth:`offload.protocol.BenchEngine.generate_ids`. The ids are checked before this returns."""
-        ids = self._fitting(ids)
+        ids = fitting_ids(ids, self._vocabulary, self.context_tokens)
         sampler = Sampler(sampling, self._defaults)
         self._seed = sampler.seed
         self._runtime.cancelled.clear()
@@ -182,7 +166,8 @@ class Engine:
 
     def prepare(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> PreparedRow:
         """See :meth:`offload.protocol.RowEngine.prepare`."""
-        return PreparedRow(tuple(self._fitting(self._encoder.encode(prompt))), sampling)
+        ids = self._encoder.encode(prompt)
+        return PreparedRow(tuple(fitting_ids(ids, self._vocabulary, self.context_tokens)), sampling)
 
     def generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
         """See :meth:`offload.protocol.RowEngine.generate_rows`. Forgets the conversation.
@@ -233,7 +218,7 @@ class Engine:
         Raises UsageError (before the first piece) for ids that are not in the vocabulary or too many, and the error of
         a failed load.
         """
-        ids = self._checked(ids)
+        ids = checked_ids(ids, self._vocabulary)
         if len(ids) > self._score_tokens:
             raise UsageError(f"{len(ids)} tokens are more than the {self._score_tokens} that can be scored at once")
         self._runtime.cancelled.clear()
@@ -254,11 +239,13 @@ class Engine:
 
     def _so_far(self) -> Tally:
         """Sums since the opening, the running generation included."""
-        now = Tally()
-        now.add(self._session)
-        if self._meter is not None:
-            now.add(self._meter.read())
-        return now
+        return self._session.plus(self._meter.read() if self._meter is not None else Tally())
+
+    def _watched(self) -> Watched:
+        with self._live.lock:
+            sums = self._session.plus(self._meter.peek(self._live.stall_link) if self._meter is not None else Tally())
+        stats = run_stats(sums, self._labels, self.plan, self._device, self._seed)
+        return Watched(sums, stats, len(self._kv.tokens), self.plan, self._settings)
 
     def change(self, changes: LiveChanges) -> None:
         """See :meth:`offload.protocol.LiveEngine.change`."""
@@ -284,17 +271,14 @@ class Engine:
         self._runtime.close()
         self._storage.close()
         self._file.close()
-        cache = self._runtime.cache
+        cache, recorder = self._runtime.cache, self._runtime.recorder
         outputs: list[tuple[str, Path | None, Callable[[Path], None] | None]] = [
-            ("--trace-out", self._settings.trace_out, self._recorder.save if self._recorder is not None else None),
+            ("--trace-out", self._settings.trace_out, recorder.save if recorder is not None else None),
             ("--cache-log", self._settings.cache_log, cache.save if isinstance(cache, LoggedCache) else None),
         ]
         for flag, path, save in outputs:
             if path is not None and save is not None:
-                try:
-                    save(path)
-                except OSError as error:
-                    raise RunLocalError(f"{flag}: {path} cannot be written ({error.strerror or error})") from error
+                save_file(save, path, f"{flag}: ")
 
     def __enter__(self) -> Engine:
         return self
@@ -370,10 +354,12 @@ class Engine:
             yield self._passes.notices.pop(0)
 
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
+        self._live.start_token()
         began = self._device.now()
         with self._decoding:
             logits = self._passes.run([token], decode=True)[-1]
-        tally.count_pass(self._device.now() - began, [1], decode=True)
+        tally.count_pass(seconds := self._device.now() - began, [1], decode=True)
+        self._live.end_token(seconds)
         return logits
 
     def _generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:
@@ -398,43 +384,22 @@ class Engine:
         meter = self._meter = Meter(self._runtime, self._device)
         meter.tally.prompt_tokens = len(ids)
         self._passes.requests += 1
-        rows = max(1, _SCORED_PIECE_BYTES // (4 * self._vocabulary))
         self.reset()
+
+        def forward(part: list[int], ends: bool) -> torch.Tensor:
+            began = self._device.now()
+            logits = self._passes.run(part, decode=False, all_positions=True, ends=ends)
+            meter.tally.count_pass(self._device.now() - began, [len(part)], decode=False)
+            return logits
+
         try:
-            for start in range(0, len(ids), self._score_chunk):
-                part = ids[start : start + self._score_chunk]
-                began = self._device.now()
-                ends = start + len(part) == len(ids)
-                logits = self._passes.run(part, decode=False, all_positions=True, ends=ends)
-                meter.tally.count_pass(self._device.now() - began, [len(part)], decode=False)
-                for piece in logits.split(rows):
-                    yield piece.to("cpu", torch.float32, copy=True)  # a view would keep all of them
-                del logits, piece  # before the next pass makes its own
+            yield from score_pieces(forward, ids, self._score_chunk, self._vocabulary)
         finally:
             self._close_meter(meter)
             self.reset()
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        """``ids`` as a list. Raises UsageError if there are none or one is not in the vocabulary."""
-        if not ids:
-            raise UsageError("the prompt is empty")
-        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            raise UsageError(f"the prompt has token ids outside of the vocabulary (0 to {self._vocabulary - 1})")
-        return list(ids)
-
-    def _fitting(self, ids: Sequence[int]) -> list[int]:
-        """``ids`` as a list. Raises UsageError as :meth:`_checked` does, ContextError if they do not fit."""
-        ids = self._checked(ids)
-        if len(ids) >= self.context_tokens:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens, but the context holds {self.context_tokens} with at least one new "
-                "token; shorten it or give a larger --ctx",
-                len(ids),
-                self.context_tokens,
-            )
-        return ids
-
     def _close_meter(self, meter: Meter) -> None:
-        self._session.add(meter.read())
-        if self._meter is meter:
-            self._meter = None
+        with self._live.lock:
+            self._session.add(meter.read())
+            if self._meter is meter:
+                self._meter = None

@@ -6,7 +6,9 @@ one :class:`Done`. Figures that were not measured are ``None``, never 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from enum import IntEnum
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -196,6 +198,46 @@ RowEvent = RowsPass | RowDone
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """The memory plan, told before anything is packed or loaded: ``rows`` are (what, bytes, remark)."""
+
+    summary: tuple[str, ...]
+    rows: tuple[tuple[str, int, str], ...]
+
+
+class ExpertState(IntEnum):
+    """Where a record stands in the device's slots."""
+
+    ABSENT = 0
+    LOADING = 1
+    READY = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """Slots of one tier that hold a record or wait for one, and how many accesses it served since the start."""
+
+    name: str
+    used: int
+    slots: int
+    hits: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSample:
+    """What one decoding forward pass took. ``seconds`` is its wall time, the stalls included; None: no such tier."""
+
+    hits: int
+    pending: int
+    misses: int
+    disk_bytes: int
+    seconds: float
+    stall_disk: float
+    link_bytes: int | None = None
+    stall_link: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LiveChanges:
     """What can be changed while a model is loaded. None leaves a setting as it is.
 
@@ -208,7 +250,6 @@ class LiveChanges:
     prefetch: str | None = None
     residency: float | None = None
     ram: int | None = None
-    miss: str | None = None
     vram: int | None = None
 
 
@@ -229,3 +270,33 @@ class BatchProgress:
     running: int = 0
     bytes_per_token: float | None = None
     eta_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSnapshot:
+    """The expert cache and the counters at one moment: a copy that nobody changes afterwards.
+
+    The sequences of sequences are [layer][expert], layers in the order of ``layers`` (their numbers in the model), each
+    as long as the layer has experts. ``states`` holds values of :class:`ExpertState`. ``last_use`` and ``last_miss``
+    are numbers of forward passes, -1 for never; ``forward`` is that of the latest pass. ``hits`` and ``misses`` count
+    accesses since the start; a pending counts as neither. ``recent`` are the latest decoded tokens, oldest first.
+    ``stats`` are those of the session, the running generation included; ``ttft_s`` that of the latest answer.
+    ``context_used`` are the tokens in the KV cache. ``current`` is what :class:`LiveChanges` would change, None where
+    the engine has no such setting.
+    """
+
+    layers: tuple[int, ...]
+    states: tuple[bytes, ...]
+    last_use: tuple[Sequence[int], ...]
+    last_miss: tuple[Sequence[int], ...]
+    hits: tuple[Sequence[int], ...]
+    misses: tuple[Sequence[int], ...]
+    forward: int
+    tiers: tuple[TierUse, ...]
+    recent: tuple[TokenSample, ...]
+    stats: RunStats
+    ttft_s: float | None
+    context_used: int
+    rss_bytes: int
+    vram_bytes: int | None
+    current: LiveChanges

@@ -61,6 +61,13 @@ class Tally:
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
+    def plus(self, other: Tally) -> Tally:
+        """Both together, as a copy."""
+        both = Tally()
+        both.add(self)
+        both.add(other)
+        return both
+
     def count_pass(self, seconds: float, tokens: Sequence[int], decode: bool) -> None:
         """A forward pass over ``tokens`` of each row took ``seconds``."""
         if decode:
@@ -105,7 +112,16 @@ class Meter:
         self.tally.total_seconds = self._now() - self._started
         return self.tally
 
-    def _counters(self) -> dict[str, float]:
+    def peek(self, stall_link: float) -> Tally:
+        """As :meth:`read`, but a copy: for other threads. ``stall_link``: what :meth:`Loads.stall_link_seconds` last
+        told the engine's thread, since no other may ask."""
+        now = self.tally.plus(Tally())
+        for name, value in self._counters(stall_link).items():
+            setattr(now, name, value - self._before[name])
+        now.total_seconds = self._now() - self._started
+        return now
+
+    def _counters(self, stall_link: float | None = None) -> dict[str, float]:
         counters = self._runtime.cache.counters
         prefill, decode = counters.prefill, counters.decode
         transfers, loads = self._runtime.transfers, self._runtime.loads
@@ -127,7 +143,7 @@ class Meter:
         }
         if loads.link is not None and loads.host is not None:
             counts |= {
-                "stall_link_seconds": loads.stall_link_seconds() or 0.0,
+                "stall_link_seconds": stall_link if stall_link is not None else loads.stall_link_seconds() or 0.0,
                 "to_device": loads.link.host_to_device,
                 "to_host": loads.link.device_to_host,
                 "host_hits": loads.host.hits,

@@ -14,6 +14,7 @@ from cache.cache_log import CacheSetup, LoggedCache
 from cache.expert_cache import ExpertCache
 from cache.machines import Machine, MachineError, load_machine
 from cache.trace import TraceRecorder
+from cache.usage import ExpertUsage
 from offload.checkpoint.dense_file import ensure_dense
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
@@ -36,8 +37,9 @@ from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
 from offload.devices.on_paper import PaperDevice
 from offload.errors import BudgetError, ModelError, UsageError
-from offload.events import Notice
+from offload.events import Notice, Planned
 from offload.learning import earlier_events
+from offload.live import LiveView
 from offload.memory.activations import activation_bytes, experts_per_token, row_bytes, staged_bytes
 from offload.memory.estimate import Estimate, Work, estimate
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
@@ -57,6 +59,7 @@ from offload.model.prompt import PromptEncoder
 from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
+from offload.protocol import OnLoad
 
 _DEMO_RESIDENCY = 0.5
 
@@ -77,7 +80,7 @@ class PlannedModel(NamedTuple):
         return self.plan.to_json() | ({"expected": self.expected.to_json()} if self.expected is not None else {})
 
 
-def plan_only(settings: EngineSettings, on_event: OnEvent, hardware: str | None = None) -> PlannedModel:
+def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:
     """The plan, from config.json alone; for this machine or, with what to expect of it, for ``hardware``."""
     bound_own_memory()
     machine = _machine(hardware)
@@ -110,7 +113,7 @@ def _top_k(text: Any) -> int:
     return int(getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0) or 0)
 
 
-def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
+def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     """Everything that :class:`offload.engine.Engine` is made of, as its keyword arguments."""
     bound_own_memory()
     if settings.model == DEMO_NAME:
@@ -128,6 +131,7 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
         device = undo.enter_context(contextlib.closing(get_device(settings.device)))
         plan = _plan(settings, resolved, source, device)  # before packing: a budget that is too small is said at once
+        on_event(Planned(tuple(plan.summary()), tuple(plan.rows())))
         if device.virtual:
             on_event(Notice(f"{device.name} is a pretend GPU: all seconds and rates are what that machine would take"))
         if settings.batch_rows != 1 and not shares_passes(settings, source, device):
@@ -164,17 +168,22 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
     else:
         cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers(), setup.fill)
     text = model.config.get_text_config()
-    recorder = None
-    if settings.trace_out is not None:
-        recorder = TraceRecorder(resolved.name, len(modules), most_experts, _top_k(text), settings.trace_out.parent)
+
+    def new_recorder(folder: Path | None = None) -> TraceRecorder:
+        made = TraceRecorder(resolved.name, len(modules), most_experts, _top_k(text), folder)
         parts = plan.to_json()["bytes"]
         resident = sum(size for name, size in parts.items() if name not in ("expert_slots", "unused"))
-        recorder.add_meta(format=settings.format, expert_bytes=plan.sizes.slot_bytes, resident_bytes=resident)
+        made.add_meta(format=settings.format, expert_bytes=plan.sizes.slot_bytes, resident_bytes=resident)
+        return made
+
+    recorder = new_recorder(settings.trace_out.parent) if settings.trace_out is not None else None
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
     decoders = _decoders(settings, device, source, on_event)
     compute = device.experts(expert_compute(weight_format, products, decoders))
-    runtime = ExpertRuntime(cache, storage.arena, storage.loads, file, weight_format, compute, recorder, predictor)
+    usage = ExpertUsage({module.layer: module.num_experts for module in modules})
+    arena, loads = storage.arena, storage.loads
+    runtime = ExpertRuntime(cache, arena, loads, file, weight_format, compute, recorder, predictor, usage)
     runtime.attach(modules)
     decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
@@ -199,7 +208,8 @@ def open_model(settings: EngineSettings, on_event: OnEvent) -> dict[str, Any]:
         "runtime": runtime,
         "storage": storage,
         "file": file,
-        "recorder": recorder,
+        "live": LiveView(runtime, usage, storage),
+        "new_recorder": new_recorder,
         "modules": modules,
         "settings": settings,
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from offload.config import SamplingSettings
-from offload.events import Event, LiveChanges, RowEvent, RunStats
+from offload.config import EngineSettings, SamplingSettings
+from offload.events import CacheSnapshot, Event, LiveChanges, LoadProgress, Notice, Planned, RowEvent, RunStats
 from offload.memory.work import Work
 
 Message = dict[str, str]
@@ -92,19 +93,6 @@ class RowEngine(Protocol):
         ...
 
 
-class LiveEngine(ChatEngine, Protocol):
-    """What can be changed while a model is loaded."""
-
-    def change(self, changes: LiveChanges) -> None:
-        """Apply ``changes``: at once between two answers, and while one is generated before its next event is yielded
-        or its next token computed. What is resident stays.
-
-        Raises UsageError, with the names that exist, for what does not exist or cannot be changed; nothing is changed
-        then.
-        """
-        ...
-
-
 class BenchEngine(ChatEngine, Protocol):
     """What measuring takes beside chatting."""
 
@@ -130,4 +118,65 @@ class BenchEngine(ChatEngine, Protocol):
 
     def lap(self) -> RunStats:
         """Statistics since the lap before (or the opening), the running generation up to its last event included."""
+        ...
+
+
+class LiveEngine(ChatEngine, Protocol):
+    """An engine that can be watched and changed while it answers."""
+
+    def snapshot(self) -> CacheSnapshot:
+        """A copy of the cache's state and of the counters so far. Cheap, and safe from any thread."""
+        ...
+
+    def change(self, changes: LiveChanges) -> None:
+        """Apply ``changes`` between tokens; what is resident stays. On the thread that iterates :meth:`generate`.
+
+        Raises UsageError, with the names that exist, for a value that makes no sense; nothing is changed then.
+        """
+        ...
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[str]]:
+        """The names that exist for the fields of LiveChanges that this engine can change by name."""
+        ...
+
+    def start_trace(self) -> None:
+        """Record the routing from now on. On the engine's thread. Raises UsageError if it is being recorded already."""
+        ...
+
+    def stop_trace(self, path: Path) -> int:
+        """End the recording and write it to ``path``; returns its rows. On the engine's thread.
+
+        Raises UsageError if :meth:`start_trace` began none, RunLocalError if it cannot be written (it goes on then).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """A model that can be opened without a download. ``name`` is what ``--model`` takes; ``bytes`` None: not known."""
+
+    name: str
+    kind: str
+    format: str
+    bytes: int | None
+    remark: str = ""
+
+
+OnLoad = Callable[[LoadProgress | Notice | Planned], None]
+
+
+class EngineHost(Protocol):
+    """Opens engines and knows what is on this machine. Its methods may take long: not for the thread of a screen."""
+
+    def open(self, settings: EngineSettings, on_event: OnLoad) -> LiveEngine:
+        """Open a model. What ``on_event`` raises ends the opening, and comes out of here."""
+        ...
+
+    def close(self, engine: LiveEngine) -> None:
+        """Close it and write what is written at the end. Raises RunLocalError if that fails; it is closed then, too."""
+        ...
+
+    def models(self) -> list[ModelChoice]:
+        """What is on this machine: the demo, packs, models of the hub's cache."""
         ...

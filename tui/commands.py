@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import RunLocalError, UsageError
+from tui.actions import BY_NAME
 from tui.save import save_conversation
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _help(chat: PlainChat, argument: str) -> None:
 def _system(chat: PlainChat, argument: str) -> None:
     conversation = chat.conversation
     if argument:
-        conversation.system = None if argument == "-" else argument
+        chat.session.set_system(None if argument == "-" else argument)
     if not conversation.system:
         chat.screen.note("no system prompt")
     elif argument:
@@ -64,7 +65,7 @@ def _system(chat: PlainChat, argument: str) -> None:
 
 
 def _clear(chat: PlainChat, argument: str) -> None:
-    chat.conversation.clear()
+    chat.session.clear()
     chat.screen.note("conversation cleared" + ("; the system prompt stays" if chat.conversation.system else ""))
 
 
@@ -92,13 +93,19 @@ def _quit(chat: PlainChat, argument: str) -> None:
     chat.leaving = True
 
 
+def _command(name: str, run: Callable[[PlainChat, str], None]) -> Command:
+    """The plain console's part of :data:`tui.actions.ACTIONS`: the same names, the same words."""
+    action = BY_NAME[name]
+    return Command(f"/{action.slash}", action.argument, action.help, run)
+
+
 COMMANDS = (
-    Command("/help", "", "show this", _help),
-    Command("/system", "[TEXT]", "show the system prompt or set it; - removes it", _system),
-    Command("/clear", "", "forget the conversation, keep the system prompt", _clear),
-    Command("/retry", "", "ask the last question again; a new answer replaces the old one", _retry),
-    Command("/save", "FILE", "write the conversation to FILE.md or FILE.json, never over an old file", _save),
-    Command("/quit", "", "leave", _quit),
+    _command("help", _help),
+    _command("system", _system),
+    _command("clear", _clear),
+    _command("retry", _retry),
+    _command("save", _save),
+    _command("quit", _quit),
 )
 KEYS = (
     ("//text", "send a text that starts with a slash"),

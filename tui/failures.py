@@ -66,20 +66,23 @@ def report(error: BaseException) -> ExitCode | int:
     if isinstance(error, KeyboardInterrupt):
         say("interrupted")
         return ExitCode.INTERRUPTED
+    say(f"error: {describe_failure(error)}")
+    return error.exit_code if isinstance(error, RunLocalError) else ExitCode.FAILED
+
+
+def describe_failure(error: BaseException) -> str:
+    """What went wrong, with the remedy, in a line. A bug's traceback goes to a report, which the line names."""
     if isinstance(error, RunLocalError):
-        say(f"error: {error}")
-        return error.exit_code
+        return str(error)
     if isinstance(error, MemoryError):
-        say("error: out of memory; give a smaller --ram or --ctx, or close other programs")
-    elif isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in _OWN:
-        say(f"error: the package '{error.name}' is not installed; install run-local again with what it depends on")
-    elif isinstance(error, OSError) and error.strerror:
+        return "out of memory; give a smaller --ram or --ctx, or close other programs"
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in _OWN:
+        return f"the package '{error.name}' is not installed; install run-local again with what it depends on"
+    if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        say(f"error: {where}{error.strerror} (details: {write_report(error)})")
-    else:
-        kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        say(f"error: this is a bug ({one_line(kind)[:200]}); please report it with {write_report(error)}")
-    return ExitCode.FAILED
+        return f"{where}{error.strerror} (details: {write_report(error)})"
+    kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"this is a bug ({one_line(kind)[:200]}); please report it with {write_report(error)}"
 
 
 def say(message: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import chain
 
 from offload.config import SamplingSettings
-from offload.errors import ContextError, RunLocalError
+from offload.errors import RunLocalError
 from offload.events import Done, Event, Notice, PrefillProgress, Token
 from offload.protocol import ChatEngine
+from tui.asking import nth_sampling, start_answer, why_cut
 from tui.commands import run_command
 from tui.conversation import Conversation, Turn
 from tui.failures import ExitCode
@@ -17,6 +16,7 @@ from tui.interrupts import CancelOnInterrupt
 from tui.progress import PrefillReporter
 from tui.prompt import Entry, PromptReader
 from tui.screen import Screen
+from tui.session import Session
 from tui.status import status_line
 
 
@@ -24,14 +24,26 @@ class PlainChat:
     """One conversation with an engine. Answers go to stdout, everything else to stderr."""
 
     def __init__(
-        self, engine: ChatEngine, screen: Screen, sampling: SamplingSettings, conversation: Conversation | None = None
+        self,
+        engine: ChatEngine,
+        screen: Screen,
+        sampling: SamplingSettings,
+        conversation: Conversation | None = None,
+        session: Session | None = None,
     ) -> None:
+        """``session``, with the conversation in it, may be saved; ``conversation`` alone is not."""
         self.engine = engine
         self.screen = screen
-        self.conversation = conversation or Conversation()
+        self.session = session or Session(None, sampling)
+        if conversation is not None:
+            self.session.conversation = conversation
         self.leaving = False
         self._sampling = sampling
         self._asked = 0
+
+    @property
+    def conversation(self) -> Conversation:
+        return self.session.conversation
 
     def answer_once(self, question: str) -> ExitCode:
         """Answer one question. Raises RunLocalError if it cannot be asked at all."""
@@ -60,14 +72,14 @@ class PlainChat:
         does not fit, RunLocalError if it cannot be asked, KeyboardInterrupt at the second Ctrl-C.
         """
         base = list(self.conversation.turns if turns is None else turns)
-        self.conversation.pending = (question, base)
+        self.session.ask(question, base)
         with CancelOnInterrupt(self.engine) as interrupts:
             try:
                 kept, events = self._start(question, base)
                 done = self._show(events, interrupts)
             finally:
                 self.screen.end_answer()
-        became_turn = self.conversation.commit(kept, question, done)
+        became_turn = self.session.end(done, kept)
         self._tell_end(done, became_turn)
         return done
 
@@ -84,31 +96,12 @@ class PlainChat:
             self.screen.problem(str(error))
 
     def _start(self, question: str, base: Sequence[Turn]) -> tuple[Sequence[Turn], Iterator[Event]]:
-        sampling = self._next_sampling()
-        for dropped in range(len(base) + 1):
-            kept = base[dropped:]
-            try:
-                events = iter(self.engine.generate(self.conversation.messages(kept, question), sampling))
-                first = next(events)  # an engine written as a generator raises only here
-            except ContextError as error:
-                problem = error
-                continue
-            if dropped:
-                turns = "oldest turn was" if dropped == 1 else f"{dropped} oldest turns were"
-                self.screen.note(f"the context is full: the {turns} dropped")
-            return kept, chain([first], events)
-        raise ContextError(
-            f"the question does not fit the context, even without the turns before it: {problem.prompt_tokens} tokens "
-            f"of {problem.context_tokens}; shorten it, or start with a larger --ctx",
-            problem.prompt_tokens,
-            problem.context_tokens,
-        )
-
-    def _next_sampling(self) -> SamplingSettings:
-        # with a fixed seed for every answer a retry could only repeat the last one
-        seed = self._sampling.seed
-        asked, self._asked = self._asked, self._asked + 1
-        return self._sampling if seed is None else replace(self._sampling, seed=(seed + asked) % 2**63)
+        sampling = nth_sampling(self._sampling, self._asked)
+        self._asked += 1
+        started = start_answer(self.engine, self.conversation, base, question, sampling)
+        if told := started.tell_dropped():
+            self.screen.note(told)
+        return started.kept, started.events
 
     def _show(self, events: Iterator[Event], interrupts: CancelOnInterrupt) -> Done:
         shown = ""
@@ -136,7 +129,5 @@ class PlainChat:
         elif done.reason == "cancelled":
             self.screen.note("stopped" if became_turn else "stopped before the first token")
         elif done.reason == "length":
-            limit = self._sampling.max_new_tokens
-            why = f"--max-new-tokens {limit}" if done.new_tokens >= limit else "the context is full (--ctx)"
-            self.screen.note(f"cut off: {why}")
+            self.screen.note(f"cut off: {why_cut(done, self._sampling)}")
         self.screen.status(status_line(done, self.engine))

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from offload.config import format_size
-from offload.events import BatchProgress, LoadProgress, Notice, PrefillProgress
+from offload.events import BatchProgress, LoadProgress, Notice, Planned, PrefillProgress
 from tui.screen import Screen
 from tui.status import figure, percent
 
@@ -71,7 +71,9 @@ class LoadReporter(_Bar):
     def __enter__(self) -> LoadReporter:
         return self
 
-    def __call__(self, event: LoadProgress | Notice) -> None:
+    def __call__(self, event: LoadProgress | Notice | Planned) -> None:
+        if isinstance(event, Planned):
+            return  # the command plan shows it
         if isinstance(event, Notice):
             self.screen.note(event.text)
         elif self.screen.is_terminal:

@@ -14,6 +14,7 @@ from cache.events import by_rank
 from cache.expert_cache import ExpertCache, Lookup, SlotState
 from cache.keys import ExpertKey
 from cache.trace import DECODE, PREFILL, TraceRecorder
+from cache.usage import ExpertUsage
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import WeightFormat, Weights
 from offload.compute.base import EventCompute, ExpertCompute
@@ -75,8 +76,10 @@ class ExpertRuntime:
         compute: ExpertCompute,
         recorder: TraceRecorder | None = None,
         predictor: Prefetcher | None = None,
+        usage: ExpertUsage | None = None,
     ) -> None:
         self.cache = cache
+        self.usage = usage
         self.current = ForwardPass()
         self.transfers = TransferCounters()
         self.cancelled = threading.Event()
@@ -87,7 +90,7 @@ class ExpertRuntime:
         self._file = file
         self._format = weight_format
         self._compute = compute
-        self._recorder = recorder
+        self.recorder = recorder
         self.predictor = predictor
         self._ahead: dict[ExpertKey, LoadTicket] = {}  # prefetches under way
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
@@ -112,7 +115,7 @@ class ExpertRuntime:
         """
         if self.cancelled.is_set():
             raise Cancelled
-        if self._recorder is not None:
+        if self.recorder is not None:
             self._record(layer, top_k_index, top_k_weights)
         event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
         self._take_arrivals()
@@ -128,6 +131,8 @@ class ExpertRuntime:
         absent = sum(ExpertKey(layer, expert) not in self._held for expert in experts)
         if absent:
             self.transfers.needed_bytes += absent * self._file.layout(layer).record_bytes
+        if self.usage is not None:
+            self.usage.record(layer, found, self.current.forward)
         self._sort_prefetches(layer, found)
         if self._tell_event is not None:
             self._tell_event([*found.hits, *found.pending, *found.misses])
@@ -284,13 +289,13 @@ class ExpertRuntime:
         return views
 
     def _record(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
-        assert self._recorder is not None
+        assert self.recorder is not None
         now = self.current
         ids = top_k_index.to("cpu", torch.int16, copy=True).numpy()
         weights = top_k_weights.to("cpu", torch.float16, copy=True).numpy()
         first = 0
         for request, step, count, decode in now.parts or ((now.request, now.step, len(ids), now.decode),):
-            self._recorder.record(
+            self.recorder.record(
                 request=request,
                 phase=DECODE if decode else PREFILL,
                 step=step,

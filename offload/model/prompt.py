@@ -8,7 +8,7 @@ from typing import Any
 
 from offload.checkpoint.gguf_file import gguf_files
 from offload.checkpoint.model_folder import side_folder
-from offload.errors import ModelError, UsageError
+from offload.errors import ContextError, ModelError, UsageError
 from offload.protocol import Message
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -80,3 +80,25 @@ class PromptEncoder:
             raise UsageError(f"the chat template does not take this conversation: {error}") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def checked_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
+    """``ids`` as a list. Raises UsageError if there are none or one is not in the vocabulary."""
+    if not ids:
+        raise UsageError("the prompt is empty")
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise UsageError(f"the prompt has token ids outside of the vocabulary (0 to {vocabulary - 1})")
+    return list(ids)
+
+
+def fitting_ids(ids: Sequence[int], vocabulary: int, context: int) -> list[int]:
+    """``ids`` as a list. Raises UsageError as :func:`checked_ids` does, ContextError if they do not fit."""
+    ids = checked_ids(ids, vocabulary)
+    if len(ids) >= context:
+        raise ContextError(
+            f"the prompt has {len(ids)} tokens, but the context holds {context} with at least one new "
+            "token; shorten it or give a larger --ctx",
+            len(ids),
+            context,
+        )
+    return ids

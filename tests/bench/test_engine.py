@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import offload.engine
+import offload.generation.scoring
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.engine import Engine
@@ -146,7 +146,7 @@ def test_the_kv_cache_forgets_what_was_scored(engine: Engine) -> None:
 
 def test_logits_are_bounded_by_bytes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = torch.cat(list(engine.score(IDS)))
-    monkeypatch.setattr(offload.engine, "_SCORED_PIECE_BYTES", 2 * 4 * VOCAB_SIZE)
+    monkeypatch.setattr(offload.generation.scoring, "_PIECE_BYTES", 2 * 4 * VOCAB_SIZE)
     pieces = list(engine.score(IDS))
     assert [len(piece) for piece in pieces] == [2, 2, 2, 2, 2, 1]
     assert torch.equal(torch.cat(pieces), whole)
@@ -156,7 +156,7 @@ def test_logits_are_bounded_by_bytes(engine: Engine, monkeypatch: pytest.MonkeyP
 def test_the_chunk_of_a_large_vocabulary_is_small(
     architecture: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload.engine, "_SCORED_LOGITS_BYTES", 4 * 4 * VOCAB_SIZE)
+    monkeypatch.setattr(offload.generation.scoring, "_LOGITS_BYTES", 4 * 4 * VOCAB_SIZE)
     folder = build_tiny(architecture, tmp_path / "checkpoint")
     with open_tiny(folder, tmp_path / "packs") as engine:
         assert engine.score_tokens == tokens, "a family that needs its prompts whole gets shorter ones"

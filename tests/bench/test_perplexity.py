@@ -120,7 +120,7 @@ def test_the_file_is_read_piece_by_piece(
     engines: list[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(engines[0], reference_out=tmp_path / "ref")
-    monkeypatch.setattr("offload.engine._SCORED_PIECE_BYTES", 3 * 4 * VOCAB_SIZE)
+    monkeypatch.setattr("offload.generation.scoring._PIECE_BYTES", 3 * 4 * VOCAB_SIZE)
     seen = []
     read = reference.ReferenceReader.next
     monkeypatch.setattr(reference.ReferenceReader, "next", lambda self, n: (seen.append(n), read(self, n))[1])

@@ -58,6 +58,7 @@ if __name__ == "__main__":
     calibration = types.ModuleType("offload.compute.calibration")
     calibration.calibrate = calibrate  # type: ignore[attr-defined]
     calibration.save = lambda result: Path("calibration.json")  # type: ignore[attr-defined]
+    calibration.load = lambda: None  # type: ignore[attr-defined]
     sys.modules |= {"offload.engine": engine, "offload.compute.calibration": calibration}
     run_local._own_command = lambda: [sys.executable, "-m", "tests.cli.fake_bench", sys.argv[0]]
     code = run_local.main()

@@ -31,7 +31,8 @@ def _below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
 
 
 NESTED = [f"trace {name}" for name in ("info", "convert", "merge", "split", "synth")] + ["config show"]
-NAMES = ["run-local", "chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config", *NESTED]
+COMMAND_NAMES = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config", "completion")
+NAMES = ["run-local", *COMMAND_NAMES, *NESTED]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -35,7 +35,7 @@ def test_both_are_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
-        ([], b"", "give a command: chat, batch, plan, pack, bench, models, trace, tune or config"),
+        ([], b"", "standard input is empty"),
         (["fly"], b"", "invalid choice: 'fly'"),
         (["chat"], b" \n", "standard input is empty"),
         (["chat", "  "], b"x", "the question is empty"),

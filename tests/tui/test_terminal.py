@@ -94,7 +94,7 @@ def sessions() -> Iterator[list[Session]]:
 
 
 def test_a_chat_until_ctrl_d(tmp_path: Path, sessions: list[Session]) -> None:
-    sessions.append(session := Session(tmp_path, "good", "chat"))
+    sessions.append(session := Session(tmp_path, "good", "chat", "--plain"))
     session.expect(b"/help lists the commands")
     session.expect(b"> ")
     modes = session.modes()
@@ -112,7 +112,7 @@ def test_a_chat_until_ctrl_d(tmp_path: Path, sessions: list[Session]) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(tmp_path: Path, sessions: list[Session]) -> None:
-    sessions.append(session := Session(tmp_path, "waits", "chat"))
+    sessions.append(session := Session(tmp_path, "waits", "chat", "--plain"))
     session.expect(b"> ")
     session.type(b"hello\r")
     session.expect(b"first second")
@@ -133,7 +133,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(tmp_path: Path, sessions: 
 
 
 def test_stdout_in_a_file_gets_the_answers_alone(tmp_path: Path, sessions: list[Session]) -> None:
-    sessions.append(session := Session(tmp_path, "good", "chat", stdout=tmp_path / "answers"))
+    sessions.append(session := Session(tmp_path, "good", "chat", "--plain", stdout=tmp_path / "answers"))
     session.expect(b"> ")
     session.type(b"hello\r")
     session.expect(b"tokens/s")
@@ -144,7 +144,7 @@ def test_stdout_in_a_file_gets_the_answers_alone(tmp_path: Path, sessions: list[
 
 
 def test_without_colour_there_are_no_styles(tmp_path: Path, sessions: list[Session]) -> None:
-    sessions.append(session := Session(tmp_path, "fails", "chat", "hello", NO_COLOR="1"))
+    sessions.append(session := Session(tmp_path, "fails", "chat", "--plain", "hello", NO_COLOR="1"))
     assert session.end() == 1
     assert b"run-local: error: expert file" in session.all
     assert b"\x1b[31m" not in session.all and b"\x1b[2m" not in session.all
@@ -152,7 +152,7 @@ def test_without_colour_there_are_no_styles(tmp_path: Path, sessions: list[Sessi
 
 def test_an_unwritable_state_folder_is_no_problem(tmp_path: Path, sessions: list[Session]) -> None:
     (tmp_path / "file").write_text("")
-    sessions.append(session := Session(tmp_path, "good", "chat", XDG_STATE_HOME=str(tmp_path / "file")))
+    sessions.append(session := Session(tmp_path, "good", "chat", "--plain", XDG_STATE_HOME=str(tmp_path / "file")))
     session.expect(b"> ")
     session.type(CTRL_D)
     assert session.end() == 0

@@ -1,0 +1,22 @@
+"""The full-screen chat with a scripted engine whose answer never ends by itself. To be run in a terminal of its own."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+from offload.config import EngineSettings, SamplingSettings
+from tests.tui.fake_engine import Answer
+from tests.tui.live_engine import FakeHost, FakeLiveEngine
+from tui.app.run import ChatRequest, run_app
+from tui.failures import run_guarded
+
+
+def main() -> int:
+    engine = FakeLiveEngine([Answer(("red ", "green ", "blue"))], gate=threading.Semaphore(2))
+    host = FakeHost({"demo": engine})
+    return run_guarded(lambda: run_app(host, ChatRequest(EngineSettings(model="demo"), SamplingSettings())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The real program with the demo model in a pseudo-terminal: what its screen says is what it measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from offload.paths import cache_folder
+from tests.cli.running import ROOT, environment
+from tests.tui.terminal import Terminal
+
+pytestmark = pytest.mark.demo
+
+
+@contextmanager
+def chat(folder: Path, *flags: str, size: tuple[int, int] = (130, 45)) -> Iterator[Terminal]:
+    command = [sys.executable, str(ROOT / "run_local.py"), "chat", "--temperature", "0", "--ctx", "512", *flags]
+    changes = {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("DATA", "STATE", "CONFIG")}
+    kept = environment(folder, RUN_LOCAL_CACHE=str(cache_folder()), OMP_NUM_THREADS="1", **changes)
+    terminal = Terminal(command, folder, kept, size)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+def restored(terminal: Terminal) -> bool:
+    """The terminal is as it was: its modes, the normal screen, a cursor, no mouse."""
+    last = {code: terminal.raw.rfind(f"\x1b[?{code}h") - terminal.raw.rfind(f"\x1b[?{code}l") for code in (1049, 1000)}
+    cursor = terminal.raw.rfind("\x1b[?25l") < terminal.raw.rfind("\x1b[?25h")
+    return terminal.modes() == terminal.modes_before and cursor and all(value < 0 for value in last.values())
+
+
+@pytest.mark.slow
+def test_start_ask_stop_change_resume_quit(demo_model_dir: Path, tmp_path: Path) -> None:
+    stats_file = tmp_path / "stats.json"
+    with chat(tmp_path, "--stats-json", str(stats_file), "--max-new-tokens", "60") as terminal:
+        terminal.wait("chat with demo")
+        terminal.type("Name three colours.\r")
+        terminal.wait(lambda text: "tokens/s · first token" in text)
+        terminal.type("Tell me a long story.\r")
+        terminal.wait(lambda text: re.search(r"a long story\.[^\n]*\n[^\n]*\n [A-Z][\w ,]{20}", text) is not None)
+        terminal.type("\x1b")
+        terminal.wait("stopped · ")
+        terminal.type("/policy lru\r")
+        terminal.wait("→ lru")
+        terminal.type("And now?\r")
+        terminal.wait(lambda text: text.count("tokens/s · first token") == 3)
+        page = terminal.settled()
+        terminal.type("\x11")
+        assert terminal.leave() == 0
+        assert restored(terminal)
+    stats = json.loads(stats_file.read_text())
+    assert stats["policy"] == "lru"
+    decoded, experts = stats["decode_tokens_per_s"], stats["experts"]
+    assert f"{decoded:.1f} mean" in page
+    assert f"{100 * experts['hit_rate']:.1f} % conversation" in page, page
+    assert f"{stats['memory']['expert_slots']} of {stats['memory']['expert_slots']} hold experts" in page
+    saved = next((tmp_path / "data" / "run-local" / "conversations").glob("*.jsonl"))
+    assert "Name three colours." in saved.read_text()
+
+    with chat(tmp_path, "--continue", size=(80, 24)) as terminal:
+        terminal.wait("And now?")
+        terminal.wait(lambda text: "prefetch off" in text and "Steps" not in text)
+        terminal.type("\x04")
+        assert terminal.leave() == 0
+        assert restored(terminal)
+
+
+def test_a_kill_leaves_the_conversation_and_a_usable_terminal(demo_model_dir: Path, tmp_path: Path) -> None:
+    with chat(tmp_path, size=(80, 24)) as terminal:
+        terminal.wait(lambda text: "prefetch off" in text and "Steps" not in text)
+        terminal.type("Tell me a long story.\r")
+        terminal.wait("› Tell me a long story.")
+        os.kill(terminal.process.pid, signal.SIGTERM)
+        assert terminal.leave() == 143
+        assert restored(terminal)
+    saved = next((tmp_path / "data" / "run-local" / "conversations").glob("*.jsonl"))
+    assert "Tell me a long story." in saved.read_text()
+
+
+def test_a_model_that_cannot_be_loaded_is_said_on_the_screen_and_at_the_end(tmp_path: Path) -> None:
+    with chat(tmp_path, "--model", str(tmp_path / "nowhere"), size=(80, 24)) as terminal:
+        terminal.wait("Esc goes back")
+        terminal.type("\x11")
+        assert terminal.leave() == 1
+        assert restored(terminal)
+        assert "run-local: error: --model: the folder" in terminal.raw

@@ -1,0 +1,156 @@
+"""The map of all experts: half a line for each row of cells, lit as they are used, with details under the cursor."""
+
+from __future__ import annotations
+
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.binding import Binding
+from textual.geometry import Size
+from textual.reactive import reactive
+from textual.strip import Strip
+from textual.widget import Widget
+
+from offload.events import CacheSnapshot
+from tui.app.look import Look
+from tui.expert_map import GLYPHS, Cell, Grid, describe, make_grid
+
+
+class ExpertMap(Widget, can_focus=True):
+    """Layers from top to bottom, experts from left to right. The arrow keys and the mouse move the cursor."""
+
+    DEFAULT_CSS = "ExpertMap { height: 1fr; min-height: 6; }"
+    BINDINGS = [  # noqa: RUF012 - as Textual wants it
+        Binding("up", "move(-1, 0)", show=False),
+        Binding("down", "move(1, 0)", show=False),
+        Binding("left", "move(0, -1)", show=False),
+        Binding("right", "move(0, 1)", show=False),
+    ]
+    cursor: reactive[tuple[int, int] | None] = reactive(None)
+
+    def __init__(self, look: Look, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._look = look
+        self._snapshot: CacheSnapshot | None = None
+        self._grid: Grid | None = None
+
+    @property
+    def glyphs(self) -> bool:
+        """Whether it draws letters: without colours, or with the sixteen that every terminal has its own of."""
+        return self.app.no_color
+
+    @property
+    def details(self) -> str:
+        """The line about what is under the cursor, or what a cell covers."""
+        snapshot, grid = self._snapshot, self._grid
+        if snapshot is None or grid is None:
+            return "no model"
+        if self.cursor is not None and self.cursor[0] < len(snapshot.layers):
+            return describe(snapshot, *self.cursor)
+        layers, experts = len(snapshot.layers), max(map(len, snapshot.states), default=0)
+        cell = (
+            ""
+            if grid.layers_each == grid.experts_each == 1
+            else (f" · a cell is {grid.layers_each} x {grid.experts_each}")
+        )
+        return f"{layers} layers x {experts} experts{cell}"
+
+    def set_look(self, look: Look) -> None:
+        self._look = look
+        self.refresh()
+
+    def show(self, snapshot: CacheSnapshot) -> None:
+        """Show a new state."""
+        self._snapshot = snapshot
+        self._make()
+
+    def on_resize(self) -> None:
+        self._make()
+
+    def action_move(self, down: int, right: int) -> None:
+        if self._snapshot is None or self._grid is None:
+            return
+        row, expert = self.cursor or (0, 0)
+        if self.cursor is not None:
+            row += down * self._grid.layers_each
+            expert += right * self._grid.experts_each
+        rows = len(self._snapshot.layers)
+        experts = max(map(len, self._snapshot.states), default=1)
+        self.cursor = (min(rows - 1, max(0, row)), min(experts - 1, max(0, expert)))
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        grid, snapshot = self._grid, self._snapshot
+        if grid is None or snapshot is None:
+            return
+        per_line = 1 if self.glyphs else 2
+        row, column = event.y * per_line, event.x // self._stretch(grid)
+        if row < len(grid.cells) and column < len(grid.cells[0]):
+            self.cursor = (row * grid.layers_each, column * grid.experts_each)
+
+    def watch_cursor(self) -> None:
+        self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        grid, width, base = self._grid, self.size.width, self._look.base
+        per_line = 1 if self.glyphs else 2
+        rows = -(-len(grid.cells) // per_line) if grid is not None else 0
+        if y == min(rows, self.size.height - 1):
+            return Strip([Segment(self.details[:width], base + self._look.dim)]).adjust_cell_length(width, base)
+        if grid is None:
+            return Strip.blank(width, base)
+        stretch = self._stretch(grid)
+        if self.glyphs:
+            if y >= len(grid.cells):
+                return Strip.blank(width, base)
+            text = "".join(GLYPHS[cell] * stretch for cell in grid.cells[y])
+            return Strip([Segment(text, base)]).adjust_cell_length(width, base)
+        top, bottom = 2 * y, 2 * y + 1
+        if top >= len(grid.cells):
+            return Strip.blank(width, base)
+        segments = []
+        for column in range(len(grid.cells[top])):
+            upper = self._color(grid, top, column)
+            lower = self._color(grid, bottom, column) if bottom < len(grid.cells) else None
+            style = Style(color=upper, bgcolor=lower) if lower else Style(color=upper, bgcolor=self._back())
+            segments.append(Segment("▀" * stretch, style))
+        return Strip(segments).simplify().adjust_cell_length(width, base)
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return 10
+
+    def _make(self) -> None:
+        if self._snapshot is None or self.size.width < 1:
+            return
+        lines = max(1, self.size.height - 1)
+        self._grid = make_grid(self._snapshot, lines * (1 if self.glyphs else 2), self.size.width)
+        self.refresh()
+
+    def _stretch(self, grid: Grid) -> int:
+        """Columns of the screen for a cell: few experts fill the width, too."""
+        columns = len(grid.cells[0]) if grid.cells else 1
+        return max(1, min(4, self.size.width // max(1, columns)))
+
+    def _back(self) -> str | None:
+        color = self._look.base.bgcolor
+        return color.get_truecolor().hex if color is not None else None
+
+    def _color(self, grid: Grid, row: int, column: int) -> str:
+        """Its state's; of a resident cell the more of the blue, the larger its resident share."""
+        cell, share = grid.cells[row][column], grid.shares[row][column]
+        if self.cursor is not None:
+            at = (self.cursor[0] // grid.layers_each, self.cursor[1] // grid.experts_each)
+            if at == (row, column):
+                return "#ffffff" if self._dark() else "#000000"
+        if cell is Cell.RESIDENT:
+            low, high = ((38, 48, 84), (76, 108, 196)) if self._dark() else ((206, 216, 242), (96, 128, 210))
+            return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
+        fixed = {
+            Cell.ABSENT: "#24283a" if self._dark() else "#e3e6f0",
+            Cell.LOADING: "#e0af68",
+            Cell.HIT: "#9ece6a" if self._dark() else "#3f9c3a",
+            Cell.MISSED: "#f7768e" if self._dark() else "#d03a3a",
+        }
+        return fixed[cell]
+
+    def _dark(self) -> bool:
+        return self.app.current_theme.dark
