@@ -19,10 +19,9 @@ SMALLEST, HALF, ALL = 1e-9, 0.5, 1.0
 
 def logits(engine: Engine) -> list[torch.Tensor]:
     """All positions of the prompt, then each decode step, as :func:`reference_logits` gives them."""
-    engine._forward_options = {}  # the reference computes the logits of every position
     seen: list[torch.Tensor] = []
     hook = engine._model.register_forward_hook(lambda module, args, output: seen.append(output.logits.clone()))
-    engine._passes.run(IDS[0].tolist(), decode=False)
+    engine._passes.run(IDS[0].tolist(), decode=False, all_positions=True)
     for token in DECODE_IDS:
         engine._passes.run([token], decode=True)
     hook.remove()
