@@ -91,7 +91,8 @@ def test_packing_goes_on_where_it_stopped(small: Pair, tmp_path: Path, monkeypat
 
 def test_plan(small: Pair) -> None:
     plans = [
-        plan_only(EngineSettings(model=str(path), context_tokens=128, residency=ALL), ignore).sizes for path in small
+        plan_only(EngineSettings(model=str(path), context_tokens=128, residency=ALL), ignore).plan.sizes
+        for path in small
     ]
     assert plans[0].skeleton_bytes == plans[1].skeleton_bytes, "it is decoded when it is loaded"
     assert plans[0].slot_bytes < plans[1].slot_bytes

@@ -132,7 +132,7 @@ def test_plan_from_the_config_alone(tiny: Tiny, tmp_path: Path) -> None:
         (tmp_path / "alone" / file.name).write_text(file.read_text())
     said: list[LoadProgress | Notice] = []
     plans = [
-        plan_only(EngineSettings(model=str(folder), context_tokens=128, residency=ALL), said.append)
+        plan_only(EngineSettings(model=str(folder), context_tokens=128, residency=ALL), said.append).plan
         for folder in (tmp_path / "alone", tiny.pair.published)
     ]
     notices = [event.text for event in said if isinstance(event, Notice)]
@@ -141,6 +141,6 @@ def test_plan_from_the_config_alone(tiny: Tiny, tmp_path: Path) -> None:
     alone, known = (plan.sizes for plan in plans)
     assert alone.slot_bytes == pytest.approx(known.slot_bytes, abs=8192)
     assert (alone.skeleton_bytes, alone.activation_bytes) == (known.skeleton_bytes, known.activation_bytes)
-    native = plan_only(EngineSettings(model=str(tiny.pair.reference), context_tokens=128, residency=ALL), ignore)
+    native = plan_only(EngineSettings(model=str(tiny.pair.reference), context_tokens=128, residency=ALL), ignore).plan
     assert known.skeleton_bytes == native.sizes.skeleton_bytes, "it is decoded when it is loaded"
     assert known.slot_bytes <= native.sizes.slot_bytes
