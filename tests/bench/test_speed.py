@@ -139,7 +139,9 @@ def test_a_read_error_ends_the_bench(engine: Engine, monkeypatch: pytest.MonkeyP
 def test_rows_at_once(tmp_path: Path) -> None:
     folder = build_tiny("olmoe", tmp_path / "checkpoint")
     with open_tiny(folder, tmp_path / "packs", residency=0.4, batch_rows=4, row_tokens=24) as several:
-        report = measure(several, Workload(10, 4, 8), SamplingSettings(), 2, lambda notice: None, Rates(1e9, 1e9, 1e9))
+        report = measure(
+            several, Workload(10, 4, 8), SamplingSettings(), 2, lambda notice: None, Rates(1e18, 1e18, 1e18)
+        )
     assert report.to_json()["bench"]["rows_at_once"] == 4
     assert "4 rows at once" in " ".join(report.summary())
     for run in report.runs:

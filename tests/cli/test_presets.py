@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def values(*arguments: str) -> FlagValues:
-    return run_local._values(run_local.build_parser().parse_args(list(arguments)))
+    return run_local.flag_values(run_local.build_parser().parse_args(list(arguments)))
 
 
 def test_flag_then_variable_then_preset_then_file_then_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
