@@ -1,6 +1,6 @@
 """What this machine can do, measured once and stored: rates of disk, memory and kernels, and the kernels' crossover.
 
-The crossover, the number of tokens from which decoding weights and multiplying full matrices beats the kernels,
+The crossover, the number of tokens from which decoding weights and multiplying bfloat16 beats the kernels for few,
 decides how a product is rounded. So it is measured at the first use of quantised weights, or by ``bench --calibrate``,
 and kept.
 """
@@ -31,7 +31,7 @@ from offload.paths import cache_folder
 
 OnProgress = Callable[[LoadProgress], None]
 
-_VERSION = 2
+_VERSION = 3  # of what the crossover compares
 _TRIALS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _ROWS, _COLUMNS = 1536, 2048  # about an expert of today's models
 _MANY = 512
@@ -72,7 +72,9 @@ class Calibration:
         many = "-" if self.flops_per_s is None else f"{self.flops_per_s / 1e9:.0f} GFLOP/s"
         rows.append(("many tokens", many, f"products of {_MANY} tokens in bf16, by the library"))
         for bits, tokens in sorted(self.few_tokens.items()):
-            rows.append((f"int{bits} crossover", f"{tokens} tokens", "up to here the kernel, above decoded weights"))
+            rows.append(
+                (f"int{bits} crossover", f"{tokens} tokens", "most tokens for the kernel that takes few at a time")
+            )
         return rows
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Products with quantised matrices: a compiled kernel for few tokens, decode and multiply for many.
+"""Products with quantised matrices: a compiled kernel for few tokens, another one or decode and multiply for many.
 
 With few tokens, reading the weights is what takes the time, and the kernel reads them as they are stored. With many,
-arithmetic is, and the library's product of full matrices wins although the weights must be decoded first.
+arithmetic is. Where the processor multiplies bfloat16, a kernel decodes a few rows at a time and multiplies those;
+elsewhere the weights are decoded for the library's product of full matrices.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from collections.abc import Mapping
 import torch
 
 from offload.compute.kernels import Kernels
+from offload.compute.kernels.binding import WIDE_STEP
 from offload.compute.matrix import MatrixLayout, QuantizedMatrix, decode
 
 DEFAULT_FEW_TOKENS = 16
 """Where nothing was measured."""
 
 DECODE_BYTES = 16 * 2**20
-"""Of the buffer that weights are decoded into, reused for all products of an engine; larger matrices go in parts."""
+"""Of the buffer that weights are decoded into, reused for all products of an engine; larger matrices go in parts. The
+kernel for many tokens makes its copy of the input no larger: more tokens go in parts.
+"""
 
 
 class Products:
@@ -37,19 +41,39 @@ class Products:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def few_tokens(self, *layouts: MatrixLayout) -> int:
-        """The most tokens for which the kernel beats decoding matrices of these layouts; 0 without the kernels."""
+        """The most tokens of matrices of these layouts for the kernel for few; 0 without the kernels."""
         return 0 if self.kernels is None else min(self._few[layout.bits] for layout in layouts)
 
     def linear(self, matrix: QuantizedMatrix, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``inputs`` [tokens, columns] in the model's dtype -> [tokens, rows] in the same dtype."""
         if self.kernels is None or (len(inputs) > self.always_few and len(inputs) > self.few_tokens(matrix.layout)):
-            return self.decoded_linear(matrix, inputs, bias)
+            return self.many_linear(matrix, inputs, bias)
         exact = inputs.dtype not in (torch.float32, torch.bfloat16)
         inputs = (inputs.float() if exact else inputs).contiguous()
         output = torch.empty(len(inputs), matrix.layout.rows, dtype=inputs.dtype)
         job = (matrix.codes.data_ptr(), matrix.params.data_ptr(), 0, len(inputs))
         self.kernels.linear(matrix.layout.shape, [job], inputs, output)
         output = output.half() if exact else output
+        return output if bias is None else output + bias
+
+    def takes_wide(self, dtype: torch.dtype, *matrices: QuantizedMatrix) -> bool:
+        """Whether the kernel for many tokens takes inputs of ``dtype`` for these matrices."""
+        wide = self.kernels is not None and self.kernels.wide and dtype == torch.bfloat16
+        return wide and all(matrix.layout.columns % WIDE_STEP == 0 for matrix in matrices)
+
+    def many_linear(
+        self, matrix: QuantizedMatrix, inputs: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As :meth:`linear`, for many tokens."""
+        if not self.takes_wide(inputs.dtype, matrix):
+            return self.decoded_linear(matrix, inputs, bias)
+        assert self.kernels is not None
+        inputs = inputs.contiguous()
+        output = torch.empty(len(inputs), matrix.layout.rows, dtype=inputs.dtype)
+        step = wide_rows(matrix.layout.columns)
+        for first in range(0, len(inputs), step):
+            job = (matrix.codes.data_ptr(), matrix.params.data_ptr(), first, min(step, len(inputs) - first))
+            self.kernels.wide_linear(matrix.layout.shape, [job], inputs, output)
         return output if bias is None else output + bias
 
     def decoded_linear(
@@ -73,6 +97,11 @@ class Products:
         if self._buffer.numel() < size or self._buffer.device != device:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         return self._buffer[:size].view(dtype).view(layout.rows, layout.columns)
+
+
+def wide_rows(columns: int) -> int:
+    """Rows of the input, with ``columns`` values in all, that one call of the kernel for many tokens takes."""
+    return max(1, DECODE_BYTES // (2 * columns))
 
 
 def _rows(matrix: QuantizedMatrix, rows: slice) -> QuantizedMatrix:

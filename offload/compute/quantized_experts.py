@@ -12,7 +12,7 @@ from offload.checkpoint.formats import Weights
 from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
 from offload.compute.kernels.binding import Expert
 from offload.compute.matrix import QuantizedMatrix
-from offload.compute.product import Products
+from offload.compute.product import Products, wide_rows
 
 CALL_ROWS = 256
 """Pairs of a token and an expert that one call of the kernel takes, if no single expert has more."""
@@ -111,15 +111,20 @@ class _QuantizedEvent(EventCompute):
         self.experts = sorted(self._rows)
 
     def compute(self, ready: Sequence[ExpertKey]) -> None:
-        together = []
+        together: list[tuple[Weights, int, int]] = []
+        many: list[tuple[Weights, int, int]] = []
+        fused = self._owner.is_fused(self._module)
         for key in ready:
             first, count = self._rows[key.expert]
             weights = self._weights_of(key)
             if count <= self._owner.products.always_few or count <= self._owner.few_tokens(weights):
                 together.append((weights, first, count))
+            elif fused and self._owner.products.takes_wide(self._hidden.dtype, *_matrices(weights)):
+                many.append((weights, first, count))
             else:
                 self._one(weights, first, count)
-        step = self._fused if self._owner.is_fused(self._module) else self._steps
+        self._wide(many)
+        step = self._fused if fused else self._steps
         while together:  # a call has few rows, since the kernel holds a copy of the input of each
             rows = taken = 0
             while taken < len(together) and (not taken or rows + together[taken][2] <= CALL_ROWS):
@@ -144,16 +149,39 @@ class _QuantizedEvent(EventCompute):
         return self._hidden if self._hidden.dtype in (torch.float32, torch.bfloat16) else self._hidden.float()
 
     def _fused(self, together: list[tuple[Weights, int, int]]) -> None:
-        jobs_of: dict[int, tuple[Expert, list[tuple[int, int, int, int]]]] = {}
-        for weights, first, count in together:
-            gate_up, down = cast(QuantizedMatrix, weights["gate_up_proj"]), cast(QuantizedMatrix, weights["down_proj"])
-            expert, base = self._owner.expert(gate_up, down)
-            jobs_of.setdefault(id(expert), (expert, []))[1].append((base, 0, first, count))
         kernels = self._owner.products.kernels
         assert kernels is not None
-        for expert, jobs in jobs_of.values():  # one: the experts of a layer are laid out alike
+        for expert, jobs in self._jobs(together):
             kernels.silu_experts(expert, jobs, self._states(), self._products, self._token_of)
             self.calls += 1
+
+    def _wide(self, many: list[tuple[Weights, int, int]]) -> None:
+        """Experts with many tokens each, in calls whose copies of the input stay small."""
+        kernels = self._owner.products.kernels
+        for expert, jobs in self._jobs(many):
+            assert kernels is not None
+            room = most = wide_rows(expert.gate_up.columns + expert.down.columns)
+            call: list[tuple[int, int, int, int]] = []
+            for base, params, first, count in jobs:
+                while count:
+                    taken = min(count, room)
+                    call.append((base, params, first, taken))
+                    first, count, room = first + taken, count - taken, room - taken
+                    if not room:
+                        kernels.wide_experts(expert, call, self._hidden, self._products, self._token_of)
+                        self.calls += 1
+                        call, room = [], most
+            if call:
+                kernels.wide_experts(expert, call, self._hidden, self._products, self._token_of)
+                self.calls += 1
+
+    def _jobs(self, some: list[tuple[Weights, int, int]]) -> list[tuple[Expert, list[tuple[int, int, int, int]]]]:
+        """The kernel's jobs, by layout: one, since the experts of a layer are laid out alike."""
+        jobs_of: dict[int, tuple[Expert, list[tuple[int, int, int, int]]]] = {}
+        for weights, first, count in some:
+            expert, base = self._owner.expert(*_matrices(weights))
+            jobs_of.setdefault(id(expert), (expert, []))[1].append((base, 0, first, count))
+        return list(jobs_of.values())
 
     def _steps(self, together: list[tuple[Weights, int, int]]) -> None:
         """As :meth:`_fused`, with the module's own code between the matrices."""
@@ -189,15 +217,15 @@ class _QuantizedEvent(EventCompute):
         return output
 
     def _one(self, weights: Weights, first: int, count: int) -> None:
-        """One expert over many tokens, its weights decoded."""
+        """One expert over many tokens, with the module's own code between the matrices."""
         module, products = self._module, self._owner.products
         rows = slice(first, first + count)
         states = self._hidden[self._token_of[rows]]
         name = "gate_up_proj" if module.has_gate else "up_proj"
-        states = products.decoded_linear(cast(QuantizedMatrix, weights[name]), states)
+        states = products.many_linear(cast(QuantizedMatrix, weights[name]), states)
         states = _plus(states, weights.get(f"{name}_bias"))
         states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
-        states = products.decoded_linear(cast(QuantizedMatrix, weights["down_proj"]), states)
+        states = products.many_linear(cast(QuantizedMatrix, weights["down_proj"]), states)
         self.calls += 2
         self._products[rows] = states.float()
         self._finish(weights.get("down_proj_bias"), rows)
@@ -208,6 +236,11 @@ class _QuantizedEvent(EventCompute):
         if self._module.has_post_expert_norm:
             normed = self._module.post_expert_norm(self._products[rows].to(self._hidden.dtype))
             self._products[rows] = normed.float()
+
+
+def _matrices(weights: Weights) -> tuple[QuantizedMatrix, QuantizedMatrix]:
+    """Those of a gated expert: gate and up together, and down."""
+    return cast(QuantizedMatrix, weights["gate_up_proj"]), cast(QuantizedMatrix, weights["down_proj"])
 
 
 def _plus(states: torch.Tensor, bias: Any) -> torch.Tensor:

@@ -62,15 +62,21 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("bits", "group"), LAYOUTS)
-@pytest.mark.parametrize("few", [0, 16, 1 << 30], ids=["decoded", "both", "kernel"])
+@pytest.mark.parametrize("few", [None, 0, 16, 1 << 30], ids=["without", "many", "both", "few"])
 def test_linear_by_any_way(
-    few: int, bits: int, group: int, shape: tuple[int, int], tokens: int, dtype: torch.dtype, either: Kernels | None
+    few: int | None,
+    bits: int,
+    group: int,
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    request: pytest.FixtureRequest,
 ) -> None:
-    if either is None and few:
-        pytest.skip("without kernels all weights are decoded")
+    """Without the kernels, and with them: that for many tokens, that for few, and whichever the number says."""
     matrix, weights = quantized(*shape, bits, group)
     inputs = normal(tokens, shape[1], dtype=dtype)
-    output = Products(either, few).linear(matrix, inputs)
+    products = Products(None) if few is None else Products(request.getfixturevalue("kernels"), few)
+    output = products.linear(matrix, inputs)
     assert (output.shape, output.dtype) == ((tokens, shape[0]), dtype)
     # a single sum may be small by chance: what it can lose is a share of its terms
     size = inputs.double().abs() @ weights.abs().t() if output.numel() < 10 else None

@@ -53,6 +53,8 @@ class Attention(ctypes.Structure):
     ]
 
 
+WIDE_STEP = 32
+"""What the kernels for many tokens take: matrices whose columns are a multiple of this."""
 HEAD_STEP, MOST_HEAD_WIDTH = 16, 512
 """What the attention kernel takes: heads whose width is a multiple of the first, at most the second."""
 
@@ -62,13 +64,16 @@ class Kernels:
 
     Inputs and outputs are contiguous float32 or bfloat16. Products of float32 inputs are exact in float32; those of
     bfloat16 inputs, and of what goes into the second matrix of such an expert, may take the inputs as integers of 15
-    bits with a scale for every 128 columns (``integer_dot``): that loses less than bfloat16 does.
+    bits with a scale for every 128 columns (``integer_dot``): that loses less than bfloat16 does. Those for many tokens
+    (``wide``) round the weights, and what goes into the second matrix, to bfloat16.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self._linear = library.rl_linear
         self._experts = library.rl_silu_experts
+        self._wide_linear = library.rl_wide_linear
+        self._wide_experts = library.rl_wide_experts
         self._combine = library.rl_combine
         self._decode = library.rl_decode
         self._encode = library.rl_encode
@@ -77,6 +82,8 @@ class Kernels:
         pointer, number = ctypes.c_void_p, ctypes.c_int32
         self._linear.argtypes = [pointer, number, pointer, pointer, number, pointer, number, pointer, number, number]
         self._experts.argtypes = [pointer, number, pointer, pointer, number, number, pointer, number, pointer, number]
+        self._wide_linear.argtypes = [pointer, number, pointer, pointer, pointer, pointer, number, number]
+        self._wide_experts.argtypes = [pointer, number, pointer, pointer, pointer, pointer, number]
         self._combine.argtypes = [number, number, pointer, pointer, pointer, number, pointer, number, number]
         self._decode.argtypes = [pointer, pointer, pointer, pointer, number, number]
         self._encode.argtypes = [pointer, pointer, number, pointer, pointer, pointer, number]
@@ -84,6 +91,9 @@ class Kernels:
         self._attend.argtypes = [pointer, pointer, number]
         self.threads: int | None = None
         self.integer_dot = bool(library.rl_integer_dot())
+        self.wide = bool(library.rl_wide())
+        """Whether there are products for many tokens: those of bfloat16 inputs, with columns that divide by
+        :data:`WIDE_STEP`."""
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
@@ -137,6 +147,49 @@ class Kernels:
                 inputs.shape[0],
                 token_of.data_ptr(),
                 inputs.dtype == torch.float32,
+                output.data_ptr(),
+                self._threads(),
+            )
+        )
+
+    def wide_linear(
+        self,
+        shape: Shape,
+        jobs: Sequence[tuple[int, int, int, int]],
+        inputs: torch.Tensor,
+        output: torch.Tensor,
+        token_of: torch.Tensor | None = None,
+    ) -> None:
+        """As :meth:`linear` with ``inputs`` in bfloat16, for many tokens; see :attr:`wide`."""
+        _check(
+            self._wide_linear(
+                ctypes.byref(shape),
+                len(jobs),
+                (Job * len(jobs))(*(Job(*job) for job in jobs)),
+                inputs.data_ptr(),
+                None if token_of is None else token_of.data_ptr(),
+                output.data_ptr(),
+                _DTYPES[output.dtype],
+                self._threads(),
+            )
+        )
+
+    def wide_experts(
+        self,
+        expert: Expert,
+        jobs: Sequence[tuple[int, int, int, int]],
+        inputs: torch.Tensor,
+        output: torch.Tensor,
+        token_of: torch.Tensor,
+    ) -> None:
+        """As :meth:`silu_experts` with ``inputs`` in bfloat16, for many tokens; see :attr:`wide`."""
+        _check(
+            self._wide_experts(
+                ctypes.byref(expert),
+                len(jobs),
+                (Job * len(jobs))(*(Job(*job) for job in jobs)),
+                inputs.data_ptr(),
+                token_of.data_ptr(),
                 output.data_ptr(),
                 self._threads(),
             )

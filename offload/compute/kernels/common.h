@@ -22,6 +22,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8") /* loops over rows and tokens: their arrays must become registers */
+#define UNROLL16 _Pragma("GCC unroll 16")
 #define BLOCK 128 /* columns that one 64-byte load of 4-bit codes holds */
 
 typedef float f32x16 __attribute__((vector_size(64)));
@@ -36,6 +37,19 @@ enum { F32 = 0, BF16 = 1 };
 typedef struct {
   int32_t rows, columns, padded, group, bits;
 } Shape;
+
+typedef struct {
+  const uint8_t *codes;
+  const void *params;
+  int32_t first, count; /* its rows of the input and of the output */
+} Job;
+
+/* Where the matrices of an expert that gates with silu stand in its record, whose first byte a job names as its codes.
+ * gate_up has the gate's rows first, then the up projection's. */
+typedef struct {
+  Shape gate_up, down;
+  int64_t gate_up_codes, gate_up_params, down_codes, down_params;
+} Expert;
 
 INLINE f32x16 load16(const float *from) {
   f32x16 value;

@@ -27,6 +27,30 @@ INLINE f32x16 load_values(const void *from, int dtype, size_t at) {
   return dtype == BF16 ? float_of_bf16((const uint16_t *)from + at) : load16((const float *)from + at);
 }
 
+INLINE f32x16 rounded16(f32x16 v) { /* to bfloat16, as float_to_bf16 does */
+  i32x16 bits, nan = v != v;
+  memcpy(&bits, &v, sizeof bits);
+  const i32x16 up = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff, quiet = (bits & ~0xffff) | 0x400000;
+  bits = (quiet & nan) | (up & ~nan);
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+INLINE void store_values(void *to, int dtype, size_t at, f32x16 v) {
+  if (dtype != BF16) {
+    memcpy((float *)to + at, &v, sizeof v);
+    return;
+  }
+  v = rounded16(v);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i *)((uint16_t *)to + at), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512((__m512)v), 16)));
+#else
+  uint32_t bits[16];
+  memcpy(bits, &v, sizeof bits);
+  for (int i = 0; i < 16; i++) ((uint16_t *)to)[at + i] = (uint16_t)(bits[i] >> 16);
+#endif
+}
+
 /* out[r, :] = x[r, :] / sqrt(mean(x[r, :]^2) + epsilon), times `weight` in one of the ways of the model code:
  * 0 rounds to x's dtype before the product and after it, 1 only after it, 2 is as 1 with 1 + weight. */
 enum { ROUND_FIRST = 0, ROUND_LAST = 1, ONE_PLUS = 2 };
@@ -51,7 +75,13 @@ static void norm_row(void *context, int r) {
   }
   for (; c < width; c++) rest += load_value(n->x, dtype, at + c) * load_value(n->x, dtype, at + c);
   const float factor = 1 / sqrtf((total16(squares) + rest) / width + n->epsilon);
-  for (c = 0; c < width; c++) {
+  for (c = 0; c + 16 <= width; c += 16) {
+    f32x16 value = load_values(n->x, dtype, at + c) * factor;
+    if (dtype == BF16 && way == ROUND_FIRST) value = rounded16(value);
+    const f32x16 w = load_values(n->weight, dtype, c);
+    store_values(n->out, dtype, at + c, value * (way == ONE_PLUS ? 1 + w : w));
+  }
+  for (; c < width; c++) {
     float value = load_value(n->x, dtype, at + c) * factor;
     if (dtype == BF16 && way == ROUND_FIRST) value = bf16_to_float(float_to_bf16(value));
     const float w = load_value(n->weight, dtype, c);

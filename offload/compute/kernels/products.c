@@ -7,7 +7,7 @@
  *   8 bits  codes int8 [rows, columns], params float [rows]: scale. weight = code * scale.
  *
  * The result of a row and a token depends on nothing else: not on other rows, tokens, experts or threads of the call.
- * Every entry point is for one calling thread at a time and thread; all work is shared among OpenMP's threads.
+ * Every entry point is for one calling thread at a time and thread; all work is shared by pool.h.
  * Vectors are written with the extensions that GCC and clang share, so that any processor can run this; the products
  * that decide the speed have versions of their own for AVX-512 with integer dot products. These take an input that is
  * not exact as integers of 15 bits with a scale for each block of columns. llama.cpp does so with 8 bits; 15 cost
@@ -26,12 +26,6 @@
 #else
 #define CHAINS 1     /* too few registers: rows side by side do not wait for each other either */
 #endif
-
-typedef struct {
-  const uint8_t *codes;
-  const void *params;
-  int32_t first, count; /* its rows of the input and of the output */
-} Job;
 
 /* The input of a product, made ready once and used for every row of the weights. */
 typedef struct {
@@ -469,14 +463,6 @@ int rl_linear(const Shape *s, int jobs, const Job *list, const void *x, int x_dt
   return 0;
 }
 
-/* Whole experts that gate with silu: out[row] = down(silu(gate(x)) * up(x)), x[token_of[row]].
- * Each job names the first byte of its record; the matrices stand at the given offsets in it. gate_up has the gate's
- * rows first, then the up projection's. x [tokens, hidden], out float [rows of all jobs, hidden]. */
-typedef struct {
-  Shape gate_up, down;
-  int64_t gate_up_codes, gate_up_params, down_codes, down_params;
-} Expert;
-
 typedef struct {
   const Expert *expert;
   const Job *list;
@@ -535,6 +521,8 @@ static void experts_down(void *context, int work) {
   }
 }
 
+/* Whole experts that gate with silu: out[row] = down(silu(gate(x)) * up(x)), x[token_of[row]].
+ * x [tokens, hidden], out float [rows of all jobs, hidden]. */
 int rl_silu_experts(const Expert *expert, int jobs, const Job *list, const void *x, int x_dtype, int tokens,
                     const int32_t *token_of, int exact, float *out, int threads) {
   int32_t *row_of, *start;
