@@ -25,6 +25,9 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from offload.model.families.names import known_model_type
+
+known_model_type({"model_type": "grok-1"})  # transformers has no class for it: ours
 VOCAB_SIZE = 320
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 _LAYERS = 4
@@ -97,6 +100,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {},
     "afmoe": {},
     "laguna": {},
+    "grok-1": {"tie_word_embeddings": True, "embedding_multiplier_scale": 8.0, "attn_output_multiplier": 0.25},
 }
 TINY_ARCHITECTURES: tuple[str, ...] = tuple(_OWN)
 

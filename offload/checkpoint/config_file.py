@@ -8,18 +8,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from offload.checkpoint.model_folder import CONFIG_FILE, read_json_object
 from offload.errors import ModelError
+from offload.model.families.names import known_model_type
 
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The checkpoint's config. Raises ModelError if it cannot be read or needs code from the checkpoint."""
+    said = read_json_object(folder / CONFIG_FILE)
+    known = known_model_type(said)
     try:
+        if known is not None:
+            return CONFIG_MAPPING[known].from_dict(said | {"model_type": known})
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder / 'config.json'}: the config cannot be used: {reason[:300]}") from error
+        raise ModelError(f"{folder / CONFIG_FILE}: the config cannot be used: {reason[:300]}") from error
     return config
 
 
@@ -37,7 +43,10 @@ def read_gguf_config(file: Path, model_types: Collection[str]) -> PretrainedConf
 
 
 def default_dtype(config: PretrainedConfig, folder: Path, otherwise: torch.dtype | None = None) -> torch.dtype:
-    """The dtype that ``dtype="auto"`` picks in transformers: the config's, or that of the first floating tensor."""
+    """The dtype that ``dtype="auto"`` picks in transformers: the config's, or that of the first floating tensor.
+
+    Tensors of 8 bits are codes, not weights. Without files it is bfloat16, which published models mostly have.
+    """
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
@@ -45,13 +54,14 @@ def default_dtype(config: PretrainedConfig, folder: Path, otherwise: torch.dtype
         return dtype
     if otherwise is not None:
         return otherwise
-    for file in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
         with open_safetensors(file) as handle:
             for key in handle.keys():  # noqa: SIM118 - the handle is no dict
                 found: torch.dtype = handle.get_slice(key)[:0].dtype
-                if found.is_floating_point:
+                if found.is_floating_point and found.itemsize > 1:
                     return found
-    return torch.float32
+    return torch.float32 if files else torch.bfloat16
 
 
 def open_safetensors(file: Path) -> Any:

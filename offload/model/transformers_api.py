@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -38,6 +38,7 @@ from transformers.utils.generic import ContextManagers
 
 from offload.errors import ModelError
 
+__all__ = ["use_experts_implementation"]  # for families with classes of their own; the rest is defined here
 EXPERTS_IMPLEMENTATION = "run_local"
 _ALIGNMENT = 64
 ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -94,6 +95,19 @@ def quiet() -> None:
 def register_experts_function(function: ExpertsFunction) -> None:
     """Offer ``function`` to every skeleton built here. Registering again replaces it (it holds no state)."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, function)
+
+
+def register_layout(model_type: str, experts: str, matrices: tuple[str, str, str], renamed: Mapping[str, str]) -> None:
+    """Say how checkpoints of a family of our own name their tensors: ``experts`` are separate linear layers under that
+    path, whose ``matrices`` are called so (gate, up, down); of all tensors, parts of their names are ``renamed``.
+    """
+    gate, up, down = (f"{experts}.*.{name}.weight" for name in matrices)
+    mapping = [
+        *(WeightRenaming(ours, theirs) for ours, theirs in renamed.items()),
+        WeightConverter([gate, up], [f"{experts}.gate_up_proj"], [MergeModulelist(dim=0), Concatenate(dim=1)]),
+        WeightConverter([down], [f"{experts}.down_proj"], [MergeModulelist(dim=0)]),
+    ]
+    register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
 
 
 def use_own_names(model: PreTrainedModel) -> None:

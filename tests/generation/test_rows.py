@@ -75,6 +75,7 @@ def answer_rows(
         ("gpt_oss", {}),  # eager attention with sinks, sliding windows
         ("deepseek_v3", {}),  # keys made from cached latent states
         ("qwen3_moe", {"format": "int4", "dense_format": "int8"}),
+        ("grok-1", {}),  # eager attention of our own, scores squeezed
     ],
 )
 def test_every_row_answers_as_it_does_alone(
