@@ -58,6 +58,14 @@ def format_size(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
+def format_count(count: float) -> str:
+    """A large number of things for people: ``46.7 billion``."""
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.1f} {word}"
+    return str(round(count))
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise UsageError(message)

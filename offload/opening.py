@@ -32,7 +32,7 @@ from offload.compute.kernels import load_kernels
 from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
-from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
+from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings, format_count
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
 from offload.devices.on_paper import PaperDevice
@@ -57,7 +57,7 @@ from offload.model.packed import can_pack
 from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.row_cache import whole_blocks_of
-from offload.model.skeleton import load_skeleton, skeleton_bytes
+from offload.model.skeleton import WeightCounts, count_weights, load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
 from offload.protocol import OnLoad
 
@@ -65,19 +65,26 @@ _DEMO_RESIDENCY = 0.5
 
 
 class PlannedModel(NamedTuple):
-    """A plan and, for named hardware, what to expect of it."""
+    """A plan, what it was made of and, for named hardware, what to expect of it."""
 
     plan: AnyPlan
+    weights: WeightCounts
     expected: Estimate | None = None
 
     def summary(self) -> list[str]:
-        return self.plan.summary() + (self.expected.summary() if self.expected is not None else [])
+        share = self.weights.experts / self.weights.total
+        weights = (
+            f"{format_count(self.weights.total)} weights, {share:.0%} of them in {self.plan.sizes.num_experts} experts"
+        )
+        first, *rest = self.plan.summary()
+        return [first, weights, *rest, *(self.expected.summary() if self.expected is not None else [])]
 
     def rows(self) -> list[tuple[str, int, str]]:
         return self.plan.rows()
 
     def to_json(self) -> dict[str, Any]:
-        return self.plan.to_json() | ({"expected": self.expected.to_json()} if self.expected is not None else {})
+        found = self.plan.to_json() | {"weights": self.weights.total, "expert_weights": self.weights.experts}
+        return found | ({"expected": self.expected.to_json()} if self.expected is not None else {})
 
 
 def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:
@@ -99,7 +106,7 @@ def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None =
     expected = None
     if machine is not None and isinstance(plan, TierPlan):
         expected = estimate(plan, Work(len(source.experts), _top_k(source.config.get_text_config())), machine)
-    return PlannedModel(plan, expected)
+    return PlannedModel(plan, count_weights(source.model, source.experts), expected)
 
 
 def _machine(name: str | None) -> Machine | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionLayer
 
 from offload.memory.rows import RowMemory
 from offload.model.attention import KEY_BLOCK
@@ -120,15 +120,22 @@ def _is_attention(layer: Any) -> bool:
     return isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states")
 
 
+_EVEN_LAYERS = (DynamicLayer, LinearAttentionLayer, DummyLayer)
+_FEW_TOKENS = 64
+
+
 @torch.inference_mode()
 def kv_row_memory(model: PreTrainedModel, tokens: int) -> RowMemory:
     """What the KV cache of one sequence of up to ``tokens`` tokens takes, by running ``model``, which is on the meta
     device, for its shapes. Layers that do not grow with every token count as they are at ``tokens``.
 
+    Where all layers grow evenly or not at all, a few tokens tell: recurrent layers take a second for a hundred.
     Falls back to keys and values of every layer at full width where a model cannot run on the meta device.
     """
     config = model.config.get_text_config()
     cache = DynamicCache(config=model.config)
+    if all(type(layer) in _EVEN_LAYERS for layer in cache.layers):
+        tokens = min(tokens, _FEW_TOKENS)
     try:
         model(
             input_ids=torch.zeros((1, tokens), dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +16,23 @@ from offload.events import LoadProgress
 from offload.memory.process import release_free_memory
 from offload.model import transformers_api as api
 from offload.model.dense import DenseMatrix, find_dense, replace_dense
+
+
+class WeightCounts(NamedTuple):
+    """How many weights a model has, tied ones counted once, and how many of them are its routed experts'."""
+
+    total: int
+    experts: int
+
+
+def count_weights(model: PreTrainedModel, experts: list[api.ExpertsModule]) -> WeightCounts:
+    """``model`` is on the meta device and still owns its expert parameters. Parts that are left out (vision towers,
+    layers that predict several tokens) do not count.
+    """
+    tied = api.tied_weights(model).keys()
+    total = sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in tied)
+    routed = sum(found.num_experts * math.prod(shape) for found in experts for shape, _ in found.tensors.values())
+    return WeightCounts(total, routed)
 
 
 def skeleton_bytes(model: PreTrainedModel, experts: list[api.ExpertsModule], dense_format: str = "native") -> int:

@@ -95,7 +95,7 @@ class CompressedMethod(Method):
             )
         self._bits = bits.pop() if bits else 0
         self._weights: Mapping[str, Any] = weights[0] if weights else {}
-        self._fp8 = Fp8Method({})
+        self._fp8 = Fp8Method({"weight_block_size": self._weights.get("block_structure")})
 
     def find(self, entries: Entries, read: Read) -> dict[str, PackedTensor]:
         found = self._fp8.find(entries, read)
