@@ -228,11 +228,21 @@ def _own_command() -> list[str]:
 
 
 def _models(arguments: argparse.Namespace, values: FlagValues) -> int:
-    from offload.checkpoint.library import list_packs, remove_pack
     from tui.screen import Screen
     from tui.tables import table
 
     screen = Screen()
+    if arguments.families:
+        from offload.catalogue import load_catalogue
+
+        catalogue = load_catalogue()
+        screen.answer(table(catalogue.rows()))
+        for note in catalogue.notes():
+            screen.note(note)
+        return ExitCode.DONE
+
+    from offload.checkpoint.library import list_packs, remove_pack
+
     root: Path | None = values.given.get("experts_dir")
     if arguments.remove is not None:
         removed = remove_pack(arguments.remove, root)

@@ -103,9 +103,11 @@ def command_line(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_flags(bench, "sampling", BENCH_SAMPLING_FLAGS)
     add_bench_flags(bench)
 
-    models = _add_command(commands, "models", run["models"], "list or remove packs", ())
+    models = _add_command(commands, "models", run["models"], "list or remove packs; show which families run", ())
     _add_flags(models, "model", [flag for flag in MODEL_FLAGS if flag.name == "--experts-dir"])
-    models.add_argument("--remove", metavar="NAME", help="delete the pack NAME")
+    instead = models.add_mutually_exclusive_group()
+    instead.add_argument("--remove", metavar="NAME", help="delete the pack NAME")
+    instead.add_argument("--families", action="store_true", help="show which families run, and how that was tested")
 
     trace = _add_command(commands, "trace", run["trace"], "look at routing traces, convert and make them", ())
     add_trace_commands(_nested(trace, "trace", run["trace"]))

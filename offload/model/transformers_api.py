@@ -41,6 +41,7 @@ from offload.errors import ModelError
 __all__ = ["use_experts_implementation"]  # for families with classes of their own; the rest is defined here
 EXPERTS_IMPLEMENTATION = "run_local"
 _ALIGNMENT = 64
+_CORRECTIONS = ("e_score_correction_bias", "expert_bias")  # of the router, or of the block that it stands in
 ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -169,7 +170,10 @@ def find_router(model: torch.nn.Module, experts: ExpertsModule) -> Router | None
         if module is experts.module or weight is None or weight.dim() != 2:
             continue
         if weight.shape[0] == experts.num_experts:
-            correction = getattr(module, "e_score_correction_bias", None)
+            holders = (
+                (holder, name) for holder in (module, block) for name in ("e_score_correction_bias", "expert_bias")
+            )
+            correction = next((found for item in holders if (found := getattr(*item, None)) is not None), None)
             return Router(weight, None if correction is None else correction.float())
     return None
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.catalogue import load_catalogue
 from offload.checkpoint.manifest import EXPERT_FILE_NAME, Manifest
 from offload.engine import Engine
 from tests.engines import open_tiny
+from tests.families import described
 from tests.tiny_models import TINY_ARCHITECTURES, build_tiny, reference_logits
 
 IDS = torch.randint(5, 300, (1, 21), generator=torch.Generator().manual_seed(3))
@@ -43,6 +45,9 @@ def test_logits_equal_stock_eager(architecture: str, dtype: torch.dtype, tmp_pat
         with open_tiny(checkpoint, tmp_path / "packs", residency=residency) as engine:
             assert_equal(logits(engine), reference)
             engine._runtime.cache.check_integrity()
+            if residency == ALL and dtype is torch.float32:
+                told = load_catalogue().family(architecture)
+                assert described(architecture, checkpoint, engine) == told, "python -m tests.families writes it anew"
     assert engine._runtime.cache.counters.evictions == 0, "with all experts resident nothing is evicted"
 
 
