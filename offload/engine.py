@@ -25,11 +25,11 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import Cancelled, RunLocalError, UsageError
 from offload.events import Done, Event, FinishReason, LiveChanges, Notice, PrefillProgress, RowEvent, RunStats, Token
+from offload.generation.answer import AnswerForm, AnswerText
 from offload.generation.passes import Passes
 from offload.generation.row_passes import RowPasses
 from offload.generation.sampling import Sampler, stop_ids
 from offload.generation.scoring import score_chunk, score_pieces
-from offload.generation.text import Detokenizer, StopStrings
 from offload.learning import check_earlier
 from offload.live import LiveMethods, LiveView, Recording, Watched, save_file
 from offload.memory.process import rss_bytes
@@ -118,7 +118,8 @@ class Engine(LiveMethods):
         self._closed = False
         self._rooms = Rooms(runtime, storage, plan)
         self._passes = Passes(model, storage.device, runtime, self._kv, self._rooms, self._prefill_chunk)
-        self._stop_ids = stop_ids(generation_config, encoder.eos_id)
+        self._form = AnswerForm.of(encoder.tokenizer)
+        self._stop_ids = stop_ids(generation_config, encoder.end_ids())
         self._vocabulary: int = model.config.get_text_config().vocab_size
         self._score_chunk = score_chunk(model.dtype.itemsize, self._vocabulary, self._prefill_chunk)
         self._score_tokens = self._score_chunk if whole_prompts else self.context_tokens
@@ -293,10 +294,8 @@ class Engine(LiveMethods):
         meter = self._meter = Meter(self._runtime, self._device)
         tally = meter.tally
         tally.prompt_tokens = len(ids)
-        detokenizer = Detokenizer(self._encoder.tokenizer, ids)
-        stops = StopStrings(sampling.stop)
+        answer = AnswerText(self._encoder.tokenizer, self._form, ids, sampling.stop)
         tokens = list(ids)
-        shown: list[str] = []
         reason: FinishReason = "length"
         failure: str | None = None
         limit = min(len(ids) + sampling.max_new_tokens, self.context_tokens)
@@ -313,10 +312,9 @@ class Engine(LiveMethods):
                 if tally.new_tokens == 1:
                     meter.first_token()
                 ended = token in self._stop_ids and not sampling.ignore_eos
-                text = stops.add(detokenizer.flush() if ended else detokenizer.add(token))
-                shown.append(text)
-                yield Token(text, token)
-                if ended or stops.found:
+                text, reasoning = answer.add(token, ended)
+                yield Token(text, token, reasoning)
+                if ended or answer.stopped:
                     reason = "stop"
                     break
                 if len(tokens) < limit:
@@ -328,12 +326,11 @@ class Engine(LiveMethods):
             reason, failure = "error", str(error)
         finally:
             self._close_meter(meter)
-        tail = "" if stops.found else stops.add(detokenizer.flush()) + stops.flush()
-        if tail:
-            shown.append(tail)
-            yield Token(tail, tokens[-1])
+        text, reasoning = answer.flush()
+        if text or reasoning:
+            yield Token(text, tokens[-1], reasoning)
         stats = run_stats(tally, self._labels, self.plan, self._device, self._seed)
-        yield Done(reason, "".join(shown), len(ids), tally.new_tokens, stats, failure)
+        yield Done(reason, answer.text, len(ids), tally.new_tokens, stats, failure, answer.reasoning)
 
     def _prefill(self, ids: list[int], tally: Tally) -> Generator[Event, None, torch.Tensor]:
         """Bring the KV cache up to ``ids``, telling of each chunk; returns the last position's logits [V]."""
@@ -374,7 +371,7 @@ class Engine(LiveMethods):
             self._passes.forwards,
         )
         try:
-            yield from passes.run(take, self._encoder.tokenizer, self._stop_ids, self._defaults)
+            yield from passes.run(take, self._encoder.tokenizer, self._form, self._stop_ids, self._defaults)
         finally:
             self._passes.requests, self._passes.forwards = passes.requests, passes.forwards
             self._close_meter(meter)

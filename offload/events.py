@@ -45,10 +45,14 @@ class PrefillProgress:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One new token. ``text`` is what can be shown now: empty while a character or stop string is incomplete."""
+    """One new token. ``text`` is what can be shown of the reply now: empty while a character or stop string is
+    incomplete, or while the model thinks: then ``reasoning`` is what can be shown of that. A model that thinks before
+    it answers may do so again in between.
+    """
 
     text: str
     id: int
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +165,9 @@ class RunStats:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of a generation. ``text`` is the whole answer without stop strings; ``error`` is set with "error"."""
+    """The end of a generation. ``text`` is the whole reply without stop strings, ``reasoning`` what the model thought
+    before (empty: it did not); ``error`` is set with "error".
+    """
 
     reason: FinishReason
     text: str
@@ -169,6 +175,7 @@ class Done:
     new_tokens: int
     stats: RunStats
     error: str | None = None
+    reasoning: str = ""
 
 
 Event = PrefillProgress | Token | Notice | Done
@@ -184,7 +191,9 @@ class RowsPass:
 
 @dataclass(frozen=True, slots=True)
 class RowDone:
-    """The end of one row of a batch; ``row`` counts the rows in the order in which they were taken."""
+    """The end of one row of a batch; ``row`` counts the rows in the order in which they were taken. For the rest see
+    :class:`Done`.
+    """
 
     row: int
     reason: FinishReason
@@ -192,6 +201,7 @@ class RowDone:
     prompt_tokens: int
     new_tokens: int
     error: str | None = None
+    reasoning: str = ""
 
 
 RowEvent = RowsPass | RowDone

@@ -12,7 +12,7 @@ from offload.events import CacheSnapshot, Event, LiveChanges, LoadProgress, Noti
 from offload.memory.work import Work
 
 Message = dict[str, str]
-"""``{"role": "system" | "user" | "assistant", "content": text}``."""
+"""``{"role": "system" | "user" | "assistant", "content": text}``; an answer may have ``reasoning_content``, too."""
 
 
 class ChatEngine(Protocol):

@@ -22,7 +22,7 @@ PRIVATE_API_FILE = Path("offload/model/transformers_api.py")
 PRIVATE_MODULES = ("integrations", "core_model_loading", "conversion_mapping", "modeling_utils")
 TUI_MAY_USE = ("offload.events", "offload.config", "offload.protocol", "offload.errors")
 # Import name -> distribution, where the two differ.
-DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub", "mistral_common": "mistral-common"}
 
 
 def sources(*tops: str) -> list[Path]:

@@ -59,6 +59,13 @@ def nth_sampling(sampling: SamplingSettings, asked: int) -> SamplingSettings:
     return sampling if seed is None else replace(sampling, seed=(seed + asked) % 2**63)
 
 
+def how_stopped(done: Done, became_turn: bool) -> str:
+    """What to say about an answer of reason "cancelled"."""
+    if became_turn:
+        return "stopped"
+    return "stopped before the first token" if not done.new_tokens else "stopped before the answer began"
+
+
 def why_cut(done: Done, sampling: SamplingSettings) -> str:
     """What ended an answer of reason "length"."""
     limit = sampling.max_new_tokens

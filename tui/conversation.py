@@ -11,11 +11,14 @@ from offload.protocol import Message
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and its answer. An answer that was stopped is part of the conversation as far as it got."""
+    """A question and its answer. An answer that was stopped is part of the conversation as far as it got. ``reasoning``
+    is what the model thought before it answered.
+    """
 
     question: str
     answer: str
     finish_reason: FinishReason
+    reasoning: str = ""
 
 
 @dataclass(slots=True)
@@ -31,11 +34,15 @@ class Conversation:
     pending: tuple[str, list[Turn]] | None = None
 
     def messages(self, turns: Sequence[Turn] | None = None, question: str | None = None) -> list[Message]:
-        """What the chat template gets: the system prompt, ``turns`` (default: all) and the new question."""
+        """What the chat template gets: the system prompt, ``turns`` (default: all) and the new question.
+
+        It gets the reasoning, too: the template decides what of it the model sees again (mostly nothing).
+        """
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns if turns is None else turns:
             messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.answer})
+            thought = {"reasoning_content": turn.reasoning} if turn.reasoning else {}
+            messages.append({"role": "assistant", "content": turn.answer, **thought})
         if question is not None:
             messages.append({"role": "user", "content": question})
         return messages
@@ -47,7 +54,7 @@ class Conversation:
         """
         if done.reason == "error" or (done.reason == "cancelled" and not done.text):
             return False
-        self.turns = [*kept, Turn(question, done.text, done.reason)]
+        self.turns = [*kept, Turn(question, done.text, done.reason, done.reasoning)]
         self.pending = None
         return True
 

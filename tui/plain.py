@@ -8,7 +8,7 @@ from offload.config import SamplingSettings
 from offload.errors import RunLocalError
 from offload.events import Done, Event, Notice, PrefillProgress, Token
 from offload.protocol import ChatEngine
-from tui.asking import nth_sampling, start_answer, why_cut
+from tui.asking import how_stopped, nth_sampling, start_answer, why_cut
 from tui.commands import run_command
 from tui.conversation import Conversation, Turn
 from tui.failures import ExitCode
@@ -111,6 +111,7 @@ class PlainChat:
                     prefill(event)
                 elif isinstance(event, Token):
                     prefill.close()
+                    self.screen.thought(event.reasoning)
                     self.screen.answer(event.text)
                     shown += event.text
                 elif isinstance(event, Notice):
@@ -127,7 +128,7 @@ class PlainChat:
         if done.reason == "error":
             self.screen.problem(done.error or "the generation failed")
         elif done.reason == "cancelled":
-            self.screen.note("stopped" if became_turn else "stopped before the first token")
+            self.screen.note(how_stopped(done, became_turn))
         elif done.reason == "length":
             self.screen.note(f"cut off: {why_cut(done, self._sampling)}")
         self.screen.status(status_line(done, self.engine))

@@ -24,6 +24,7 @@ class Screen:
         self._out = out or sys.stdout
         err = err or sys.stderr
         self._mid_line = False
+        self._mid_thought = False
         self._out_is_terminal = self._out.isatty()
         self.is_terminal = err.isatty()
         self.console = _Console(
@@ -48,6 +49,7 @@ class Screen:
             text = printable(text)
         if not text:
             return
+        self._end_thought()
         self._mid_line = not text.endswith("\n")
         try:
             self._out.write(text)
@@ -57,6 +59,12 @@ class Screen:
         except OSError as error:
             raise RunLocalError(f"the output cannot be written: {error.strerror}") from error
 
+    def thought(self, text: str) -> None:
+        """Show a piece of what the model thinks before it answers at once, on stderr."""
+        if text:
+            self._mid_thought = True
+            self.console.print(printable(text), style="dim", end="")
+
     def end_answer(self) -> None:
         """End a line that an answer left open."""
         if self._mid_line:
@@ -64,6 +72,7 @@ class Screen:
 
     def note(self, text: str, style: str = "") -> None:
         """Lines on stderr; they may come from a file or a model, so they cannot drive the terminal."""
+        self._end_thought()
         self.console.print(printable(text), style=style or None)
 
     def status(self, text: str) -> None:
@@ -73,3 +82,8 @@ class Screen:
     def problem(self, text: str) -> None:
         """One line on stderr about something that did not work; the program goes on."""
         self.note(f"run-local: error: {one_line(text)}", "red")
+
+    def _end_thought(self) -> None:
+        if self._mid_thought:
+            self._mid_thought = False
+            self.console.print("\n")  # and a line between it and the answer

@@ -11,7 +11,7 @@ from offload.errors import RunLocalError, UsageError
 from offload.events import Done
 from tui.asking import nth_sampling
 from tui.conversation import Conversation, Turn
-from tui.store import Saved, Store, Writer, read_saved
+from tui.store import Saved, Store, Writer, read_saved, thought
 
 _PART_SECONDS = 1.0
 """How much of an answer a crash can lose."""
@@ -39,6 +39,7 @@ class Session:
         self._broken = False
         self._asked = 0
         self._parts: list[str] = []
+        self._thoughts: list[str] = []
         self._written_at = 0.0
         self._base: Sequence[Turn] = ()
         self._forgotten = 0  # oldest turns that do not fit the context any more
@@ -56,14 +57,14 @@ class Session:
         """
         talk = self.conversation
         self._base = list(talk.turns if base is None else base)
-        self._question, self._parts = question, []
+        self._question, self._parts, self._thoughts = question, [], []
         talk.pending = (question, list(self._base))
         if self._writer is None and not self._broken and self.store is not None:
             try:
                 self._writer = self.store.create(self.model, talk.system)
                 for turn in talk.turns:  # a talk that began where nothing could be written
                     self._writer.write("ask", kept=10**6, text=turn.question)
-                    self._writer.write("end", text=turn.answer, reason=turn.finish_reason)
+                    self._writer.write("end", text=turn.answer, reason=turn.finish_reason, **thought(turn.reasoning))
                 if self.title:
                     self._writer.write("title", text=self.title)
             except RunLocalError as error:
@@ -78,9 +79,10 @@ class Session:
         """So many more of the oldest turns do not fit the context: they stay on screen and file, not in the prompt."""
         self._forgotten += turns
 
-    def part(self, text: str) -> None:
+    def part(self, text: str, reasoning: str = "") -> None:
         """Some of the answer came."""
         self._parts.append(text)
+        self._thoughts.append(reasoning)
         if self._clock() - self._written_at >= _PART_SECONDS:
             self._flush()
 
@@ -90,8 +92,9 @@ class Session:
         Returns whether it became a turn.
         """
         became_turn = self.conversation.commit(self._base if kept is None else kept, self._question, done)
-        self._parts = []
-        self._write("end", sync=True, text=done.text, reason=done.reason if became_turn else None)
+        self._parts, self._thoughts = [], []
+        reason = done.reason if became_turn else None
+        self._write("end", sync=True, text=done.text, reason=reason, **thought(done.reasoning))
         return became_turn
 
     def fail(self) -> None:
@@ -161,9 +164,10 @@ class Session:
 
     def _flush(self) -> None:
         text, self._parts = "".join(self._parts), []
+        reasoning, self._thoughts = "".join(self._thoughts), []
         self._written_at = self._clock()
-        if text:
-            self._write("part", text=text)
+        if text or reasoning:
+            self._write("part", text=text, **thought(reasoning))
 
     def _write(self, type: str, *, sync: bool = False, **values: object) -> None:
         if self._writer is None:

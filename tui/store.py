@@ -6,7 +6,7 @@ read. An answer is written in parts while it comes; one without an end (the prog
 Lines are objects with a ``type``: ``start`` (id, created, model, system), ``system`` (text), ``model`` (name),
 ``title`` (text), ``ask`` (kept, text: the question that follows the first ``kept`` turns; the others are given up if it
 becomes a turn), ``part`` (text), ``end`` (text, reason; a reason of null: it became no turn), ``cut`` (kept: give up
-the turns after the first ``kept``).
+the turns after the first ``kept``). ``part`` and ``end`` may also have ``reasoning``, what the model thought.
 """
 
 from __future__ import annotations
@@ -200,6 +200,7 @@ class _Reader:
         self._saved = saved
         self._asked: tuple[list[Turn], str] | None = None
         self._parts: list[str] = []
+        self._thoughts: list[str] = []
 
     def take(self, line: dict[str, Any]) -> None:
         saved, talk = self._saved, self._saved.conversation
@@ -214,25 +215,33 @@ class _Reader:
                 saved.title = text
             case {"type": "ask", "kept": int(kept), "text": str(text)}:
                 self.end_answer(None, "cancelled")
-                self._asked, self._parts = (talk.turns[:kept], text), []
+                self._asked, self._parts, self._thoughts = (talk.turns[:kept], text), [], []
                 talk.pending = (text, talk.turns[:kept])
             case {"type": "part", "text": str(text)}:
                 self._parts.append(text)
+                self._thoughts.append(str(line.get("reasoning", "")))
             case {"type": "end"}:
-                self.end_answer(line.get("text"), line.get("reason"))
+                self.end_answer(line.get("text"), line.get("reason"), line.get("reasoning"))
             case {"type": "cut", "kept": int(kept)}:
                 talk.turns, talk.pending = talk.turns[:kept], None
 
-    def end_answer(self, text: str | None, reason: Any) -> None:
+    def end_answer(self, text: str | None, reason: Any, reasoning: str | None = None) -> None:
         """The answer is over: as a turn, unless it has no reason or (its end was never written) no text."""
         if self._asked is None:
             return
         (kept, question), self._asked = self._asked, None
         answer = "".join(self._parts) if text is None else text
+        if reasoning is None:
+            reasoning = "".join(self._thoughts) if text is None else ""
         if reason is None or (reason == "cancelled" and not answer):
             return
         talk = self._saved.conversation
-        talk.turns, talk.pending = [*kept, Turn(question, answer, reason)], None
+        talk.turns, talk.pending = [*kept, Turn(question, answer, reason, reasoning)], None
+
+
+def thought(reasoning: str) -> dict[str, Any]:
+    """What a line tells of reasoning, if there is any."""
+    return {"reasoning": reasoning} if reasoning else {}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from offload.events import FinishReason
 from offload.protocol import Message
 
 RowId = str | int
+_REASONING = "reasoning_content"  # as chat templates call it
 _ROLES = ("system", "user", "assistant")
 _FIELDS = frozenset(("id", "prompt", "messages", *SamplingSettings.field_names()))
 
@@ -34,7 +35,9 @@ class InputRow:
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """One line of the output. Token counts are None where nothing ran; ``error`` is None if all went well."""
+    """One line of the output. Token counts are None where nothing ran, ``reasoning`` if the model did not think before
+    it answered; ``error`` is None if all went well.
+    """
 
     id: RowId
     text: str | None
@@ -42,6 +45,7 @@ class OutputRow:
     prompt_tokens: int | None
     new_tokens: int | None
     error: str | None
+    reasoning: str | None = None
 
     def to_line(self) -> bytes:
         """UTF-8 JSON that ends in a line feed."""
@@ -124,12 +128,19 @@ def _prompt(row: dict[str, object]) -> str | tuple[Message, ...]:
 
 
 def _message(message: object, where: str) -> Message:
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise UsageError(f"{where}: must be an object with 'role' and 'content' alone")
+    if not isinstance(message, dict) or set(message) - {_REASONING} != {"role", "content"}:
+        raise UsageError(
+            f"{where}: must be an object with 'role' and 'content' alone (and '{_REASONING}' of an answer)"
+        )
     if message["role"] not in _ROLES:
         raise UsageError(f"{where}: the role must be one of {', '.join(_ROLES)}")
-    may_be_empty = message["role"] == "assistant"
-    return {"role": message["role"], "content": _checked_text(message["content"], f"{where}.content", may_be_empty)}
+    answer = message["role"] == "assistant"
+    checked = {"role": message["role"], "content": _checked_text(message["content"], f"{where}.content", answer)}
+    if _REASONING in message:
+        if not answer:
+            raise UsageError(f"{where}: only an assistant's message has '{_REASONING}'")
+        checked[_REASONING] = _checked_text(message[_REASONING], f"{where}.{_REASONING}", may_be_empty=True)
+    return checked
 
 
 def _checked_text(text: object, where: str, may_be_empty: bool = False) -> str:

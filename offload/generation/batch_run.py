@@ -216,10 +216,9 @@ class _Run:
             if event.reason == "cancelled":
                 self._interrupted = True
                 continue
-            error = event.error or "the generation failed" if event.reason == "error" else None
             self._finish(
                 pending,
-                OutputRow(pending.row.id, event.text, event.reason, event.prompt_tokens, event.new_tokens, error),
+                _output(pending.row, event),
             )
 
     def summary(self, rows_at_once: int) -> BatchSummary:
@@ -340,13 +339,17 @@ def _answer(engine: ChatEngine, row: InputRow, on_token: Callable[[int], None]) 
             if isinstance(event, Done):
                 if event.reason == "cancelled":
                     return None
-                error = event.error or "the generation failed" if event.reason == "error" else None
-                return OutputRow(row.id, event.text, event.reason, event.prompt_tokens, event.new_tokens, error)
+                return _output(row, event)
             tokens += isinstance(event, Token)
             on_token(tokens)
     except RunLocalError as problem:
         return _refused(row, problem)
     raise RuntimeError("the engine ended an answer without a Done event")
+
+
+def _output(row: InputRow, done: Done | RowDone) -> OutputRow:
+    error = done.error or "the generation failed" if done.reason == "error" else None
+    return OutputRow(row.id, done.text, done.reason, done.prompt_tokens, done.new_tokens, error, done.reasoning or None)
 
 
 def _refused(row: InputRow, problem: RunLocalError) -> OutputRow:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from cache.recent import recent_tokens
 from offload.events import RowEvent
+from offload.generation.answer import AnswerForm
 from offload.generation.rows import PassPart, RowBatch, RowHost
 from offload.generation.sampling import Sampler
 from offload.memory.plan import ModelSizes
@@ -44,12 +45,13 @@ class RowPasses:
         self._attention = RowAttention(model)
 
     def run(
-        self, take: TakeRow, tokenizer: Any, stop_ids: frozenset[int], defaults: GenerationConfig
+        self, take: TakeRow, tokenizer: Any, form: AnswerForm, stop_ids: frozenset[int], defaults: GenerationConfig
     ) -> Iterator[RowEvent]:
         """See :meth:`offload.protocol.RowEngine.generate_rows`."""
         sizes = self._sizes
         host = RowHost(
             tokenizer=tokenizer,
+            form=form,
             stop_ids=stop_ids,
             sampler=lambda sampling: Sampler(sampling, defaults),
             run=self._pass,

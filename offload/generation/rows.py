@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from offload.config import SamplingSettings
 from offload.errors import Cancelled, RunLocalError
 from offload.events import FinishReason, RowDone, RowEvent, RowsPass
+from offload.generation.answer import AnswerForm, AnswerText
 from offload.generation.sampling import Sampler
-from offload.generation.text import Detokenizer, StopStrings
 from offload.model.packed import Segment
 from offload.model.row_cache import RowCaches
 from offload.protocol import PreparedRow, TakeRow
@@ -55,9 +55,7 @@ class _Row:
         self.shared = 0
         self._sampler = host.sampler(prepared.sampling)
         self._stop_ids = host.stop_ids
-        self._detokenizer = Detokenizer(host.tokenizer, prepared.ids)
-        self._stops = StopStrings(prepared.sampling.stop)
-        self._shown: list[str] = []
+        self._answer = AnswerText(host.tokenizer, host.form, prepared.ids, prepared.sampling.stop)
 
     @property
     def new_tokens(self) -> int:
@@ -68,15 +66,15 @@ class _Row:
         token = self._sampler(self.tokens, logits)
         self.tokens.append(token)
         ended = token in self._stop_ids and not self.sampling.ignore_eos
-        self._shown.append(self._stops.add(self._detokenizer.flush() if ended else self._detokenizer.add(token)))
-        if ended or self._stops.found:
+        self._answer.add(token, ended)
+        if ended or self._answer.stopped:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
     def done(self, reason: FinishReason, error: str | None = None) -> RowDone:
-        if not self._stops.found:
-            self._shown.append(self._stops.add(self._detokenizer.flush()) + self._stops.flush())
-        return RowDone(self.number, reason, "".join(self._shown), self.prompt_tokens, self.new_tokens, error)
+        self._answer.flush()
+        text, reasoning = self._answer.text, self._answer.reasoning
+        return RowDone(self.number, reason, text, self.prompt_tokens, self.new_tokens, error, reasoning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +84,7 @@ class RowHost:
     """
 
     tokenizer: Any
+    form: AnswerForm
     stop_ids: frozenset[int]
     sampler: Callable[[SamplingSettings], Sampler]
     run: RunPass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 
 import torch
 from transformers import (
@@ -22,9 +23,10 @@ from offload.errors import ModelError
 class Sampler:
     """Holds the processors and the random state of one answer.
 
-    Settings that are None follow the checkpoint's generation_config. Without ``do_sample`` there and without a
-    sampling flag the choice is greedy; a flag such as ``--top-p`` asks for sampling. Raises ModelError for a value
-    of the generation_config that makes no sense.
+    Settings that are None follow the checkpoint's generation_config. A flag such as ``--top-p`` asks for sampling, and
+    so does the generation_config by ``do_sample``, or by a temperature or the like where it leaves ``do_sample`` out
+    (as some published ones do); else the choice is greedy. Raises ModelError for a value of the generation_config that
+    makes no sense.
     """
 
     def __init__(self, settings: SamplingSettings, defaults: GenerationConfig) -> None:
@@ -34,9 +36,11 @@ class Sampler:
                 chosen = getattr(defaults, name, None)
             return neutral if chosen is None else chosen
 
-        sampled = bool(defaults.do_sample) or any(
-            getattr(settings, name) is not None for name in ("temperature", "top_k", "top_p", "min_p")
-        )
+        def asked(of: object) -> bool:
+            return any(getattr(of, name, None) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
+
+        said = asked(defaults) if defaults.do_sample is None else defaults.do_sample
+        sampled = bool(said) or asked(settings)
         temperature = value("temperature", 1.0)
         self.greedy = not sampled or temperature == 0
         self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
@@ -68,10 +72,7 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
 
 
-def stop_ids(config: GenerationConfig, tokenizer_eos: int | None) -> frozenset[int]:
-    """Ids that end an answer: those of the checkpoint's generation config, else the tokenizer's."""
+def stop_ids(config: GenerationConfig, others: Iterable[int]) -> frozenset[int]:
+    """Ids that end an answer: those of the checkpoint's generation config, and ``others`` (tokenizer, template)."""
     ids = config.eos_token_id
-    found = {ids} if isinstance(ids, int) else set(ids or ())
-    if not found and tokenizer_eos is not None:
-        found = {tokenizer_eos}
-    return frozenset(found)
+    return frozenset((*([ids] if isinstance(ids, int) else ids or ()), *others))

@@ -70,7 +70,7 @@ class StopStrings:
             _, start = min(places)
             shown, self._held = self._held[:start], ""
             return shown
-        keep = max(self._overlap(stop) for stop in self._stops)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
@@ -80,9 +80,10 @@ class StopStrings:
         shown, self._held = self._held, ""
         return shown
 
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that is the beginning of ``stop``."""
-        for length in range(min(len(stop) - 1, len(self._held)), 0, -1):
-            if self._held.endswith(stop[:length]):
-                return length
-        return 0
+
+def overlap(text: str, word: str) -> int:
+    """Length of the longest end of ``text`` that is the beginning of ``word``, but not all of it."""
+    for length in range(min(len(word) - 1, len(text)), 0, -1):
+        if text.endswith(word[:length]):
+            return length
+    return 0

@@ -6,40 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offload.checkpoint.gguf_file import gguf_files
-from offload.checkpoint.model_folder import side_folder
-from offload.errors import ContextError, ModelError, UsageError
+from offload.errors import ContextError, UsageError
+from offload.model.tokenizers import load_tokenizer, missing_template
 from offload.protocol import Message
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-
-def _gguf_file(path: Path) -> dict[str, str]:
-    """A GGUF model has its tokenizer in its file, unless the original one is beside it."""
-    if any((side_folder(path) / name).exists() for name in _TOKENIZER_FILES) or not (files := gguf_files(path)):
-        return {}
-    return {"gguf_file": files[0].name}
+_ANSWER = "an answer"
 
 
 class PromptEncoder:
     def __init__(self, folder: Path) -> None:
         """Load the checkpoint's own tokenizer. Raises ModelError if there is none that can be used."""
-        from transformers import AutoTokenizer
+        self.tokenizer: Any = load_tokenizer(folder)
+        self._folder = folder
 
+    def end_ids(self) -> frozenset[int]:
+        """What ends an answer by the tokenizer, and by the chat template: the token that it puts behind one."""
+        found = {self.tokenizer.eos_token_id} - {None}
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                side_folder(folder), trust_remote_code=False, local_files_only=True, **_gguf_file(folder)
-            )
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(
-                f"{folder}: the tokenizer cannot be loaded ({reason[:300]}); fetch the tokenizer's files again"
-            ) from error
-
-    @property
-    def eos_id(self) -> int | None:
-        eos: int | None = self.tokenizer.eos_token_id
-        return eos
+            behind = self._render(asked, ask=False).rpartition(_ANSWER)[2]
+        except Exception:  # no template, or one that takes no such conversation
+            return frozenset(found)
+        added = added_tokens(self.tokenizer)
+        ends = [text for text in added if behind.lstrip().startswith(text)]
+        if "<|channel|>" in added:  # gpt-oss: between the messages of one answer
+            ends = [text for text in ends if text != "<|end|>"]
+        return frozenset(found | {added[text] for text in sorted(ends, key=len)[-1:]})
 
     @property
     def begin_id(self) -> int | None:
@@ -71,15 +63,27 @@ class PromptEncoder:
             raise UsageError("the prompt is empty")
         if not self.tokenizer.chat_template:
             raise UsageError(
-                "this model has no chat template: it continues text and does not chat; "
+                missing_template(self._folder)
+                or "this model has no chat template: it continues text and does not chat; "
                 'use batch with "prompt" rows, or an instruction-tuned variant of the model'
             )
         try:
-            text: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            text = self._render(messages, ask=True)
         except Exception as error:  # templates raise jinja errors of their own making
             raise UsageError(f"the chat template does not take this conversation: {error}") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _render(self, messages: Sequence[Message], ask: bool) -> str:
+        """The conversation as text; ``ask``: with the beginning of an answer."""
+        text: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+        return text
+
+
+def added_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokens that stand for a text of their own, special or not, and their ids."""
+    added: dict[str, int] = dict(tokenizer.get_added_vocab()) if hasattr(tokenizer, "get_added_vocab") else {}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def checked_ids(ids: Sequence[int], vocabulary: int) -> list[int]:

@@ -56,19 +56,25 @@ def test_rows_come_out_in_order_with_all_their_fields() -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     text = json.dumps({"id": "a", "prompt": "one two"}) + "\n\n \n" + json.dumps({"id": 2, "messages": messages})
     summary, rows, engine = batch(text, Answer(("x", "y")), Answer(("\u00e9\U0001f600",), reason="length"))
+    counts = {"prompt_tokens": 2, "error": None, "reasoning": None}
     assert rows == [
-        {"id": "a", "text": "xy", "finish_reason": "stop", "prompt_tokens": 2, "new_tokens": 2, "error": None},
-        {
-            "id": 2,
-            "text": "\u00e9\U0001f600",
-            "finish_reason": "length",
-            "prompt_tokens": 2,
-            "new_tokens": 1,
-            "error": None,
-        },
+        {"id": "a", "text": "xy", "finish_reason": "stop", "new_tokens": 2} | counts,
+        {"id": 2, "text": "\u00e9\U0001f600", "finish_reason": "length", "new_tokens": 1} | counts,
     ]
     assert engine.prompts == ["one two", messages]
     assert summary == BatchSummary(skipped=0, written=2, errors=0, new_tokens=3, interrupted=False)
+
+
+def test_reasoning_is_a_field_of_its_own() -> None:
+    """Of the answer, and of an earlier answer in the input."""
+    messages = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a", "reasoning_content": "r"},
+        {"role": "user", "content": "v"},
+    ]
+    _, rows, engine = batch(json.dumps({"messages": messages}), Answer(("so ", "it is", "four"), thoughts=2))
+    assert (rows[0]["text"], rows[0]["reasoning"], rows[0]["new_tokens"]) == ("four", "so it is", 3)
+    assert engine.prompts == [messages]
 
 
 @pytest.mark.parametrize(

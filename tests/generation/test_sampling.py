@@ -46,6 +46,8 @@ BEST = [int(logits_of(1000 + step).argmax()) for step in range(50)]
         ({}, {}, True),
         ({}, {"do_sample": False}, True),
         ({}, {"do_sample": True}, False),
+        ({}, {"temperature": 0.6, "top_p": 0.95}, False),
+        ({}, {"do_sample": False, "temperature": 0.6}, True),
         ({}, {"do_sample": True, "temperature": 0.0}, True),
         ({"temperature": 0}, {"do_sample": True, "temperature": 0.7}, True),
         ({"temperature": 0.0, "top_p": 0.9}, {}, True),

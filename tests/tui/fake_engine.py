@@ -28,7 +28,8 @@ class Answer:
     """What one call of generate does.
 
     ``error`` ends it with reason "error" after the tokens; ``raises`` is raised before the first event. ``waits``:
-    after the tokens it goes on until it is cancelled. ``on_token`` is called after each token was consumed.
+    after the tokens it goes on until it is cancelled. ``on_token`` is called after each token was consumed. The first
+    ``thoughts`` of the tokens are reasoning.
     """
 
     tokens: Sequence[str] = ("fine", ".")
@@ -37,6 +38,7 @@ class Answer:
     raises: Exception | None = None
     waits: bool = False
     held_back: str = ""
+    thoughts: int = 0
     on_token: Callable[[int], None] = lambda index: None
 
 
@@ -99,9 +101,9 @@ class FakeEngine:
         for index, text in enumerate(answer.tokens):
             if self._cancelled:
                 break
-            shown += text
+            shown += text if index >= answer.thoughts else ""
             given += 1
-            yield Token(text, index)
+            yield Token(text, index) if index >= answer.thoughts else Token("", index, text)
             answer.on_token(index)
         while answer.waits and not self._cancelled:
             time.sleep(0.01)
@@ -112,7 +114,8 @@ class FakeEngine:
             reason = "error"
         shown += answer.held_back
         stats = run_stats(words, given, self.measured)
-        yield Done(reason, shown, words, given, stats, answer.error if reason == "error" else None)
+        thought = "".join(answer.tokens[: min(given, answer.thoughts)])
+        yield Done(reason, shown, words, given, stats, answer.error if reason == "error" else None, thought)
 
     def cancel(self) -> None:
         self.cancels += 1

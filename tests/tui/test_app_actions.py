@@ -244,8 +244,7 @@ def test_copying_an_answer_its_code_and_all(tmp_path: Path) -> None:
 
 def test_a_click_on_code_copies_it_and_one_on_reasoning_unfolds_it(tmp_path: Path) -> None:
     async def test() -> None:
-        text = "<think>\nwell, well\n</think>\n\nHere:\n\n```sh\nls -l\n```\n"
-        app = make_app(tmp_path, host_of(Answer((text[:3], text[3:12], text[12:]))))
+        app = make_app(tmp_path, host_of(Answer(("well, ", "well", "Here:\n\n```sh\nls", " -l\n```\n"), thoughts=2)))
         async with running(app) as pilot:
             await ask(pilot, "how?")
             await until(pilot, lambda: "ls -l" in screen_text(app))

@@ -34,6 +34,22 @@ def test_answer_goes_to_stdout_and_the_rest_to_stderr() -> None:
     )
 
 
+def test_reasoning_goes_to_stderr_and_stays_with_its_turn() -> None:
+    chat, engine, screen = make_chat(Answer(("well, ", "well", "four"), thoughts=2))
+    for question in ("hello", "again"):
+        chat.answer_once(question)
+    assert screen.out == "four\nfour\n"
+    assert screen.err.startswith("well, well\n\n12.3 tokens/s")
+    assert engine.prompts[1][1] == {"role": "assistant", "content": "four", "reasoning_content": "well, well"}  # type: ignore[index]
+
+
+def test_an_answer_stopped_while_it_thought_is_no_turn() -> None:
+    chat, _, screen = make_chat(Answer(("well, ", "well", "four"), thoughts=2, on_token=interrupt(0)))
+    chat.answer_once("hello")
+    assert "stopped before the answer began\n" in screen.err
+    assert not chat.conversation.turns
+
+
 def test_figures_that_were_not_measured_are_dashes() -> None:
     chat, engine, screen = make_chat()
     engine.measured = False

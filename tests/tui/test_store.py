@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def test_what_was_said_is_read_back(tmp_path: Path) -> None:
     saved = read_saved(file_of(tmp_path))
     assert saved.conversation.turns == [Turn("question 0", "one", "stop"), Turn("question 1", "two", "length")]
     assert (saved.model, saved.name, saved.conversation.system) == ("fake", "a talk", "be brief")
+
+
+def test_reasoning_is_read_back(tmp_path: Path) -> None:
+    session = talk(tmp_path, replace(done("one"), reasoning="so"))
+    session.ask("question 1")
+    session.part("", "well, ")
+    session.part("tw", "well")
+    session.close()  # as after a kill: the answer has no end
+    first, second = read_saved(file_of(tmp_path)).conversation.turns
+    assert (first.answer, first.reasoning) == ("one", "so")
+    assert (second.answer, second.reasoning) == ("tw", "well, well")
 
 
 def test_nothing_is_written_before_the_first_question(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from offload.errors import UsageError
 from offload.events import Done, Event, Notice, PrefillProgress, Token
 from tui.app import live, loading
 from tui.app.entries import Answer, Entry, Question
-from tui.asking import why_cut
+from tui.asking import how_stopped, why_cut
 from tui.conversation import Turn
 from tui.status import figure, percent
 from tui.worker import AnswerFailed, Answering, Called, Dropped, Loading, News, NotOpened, Opened
@@ -39,23 +39,27 @@ def rebuild(app: ChatApp) -> None:
     entries: list[Entry] = []
     for turn in app.session.conversation.turns:
         status = "stopped" if turn.finish_reason == "cancelled" else ""
-        entries += [Question(turn.question), Answer(turn.answer, status)]
+        entries += [Question(turn.question), Answer(turn.answer, status, turn.reasoning)]
     app.transcript.replace(entries)
 
 
 def take(app: ChatApp, some: Sequence[News]) -> None:
     """Show news; the texts of tokens that arrived together are rendered together."""
     text: list[str] = []
+    thoughts: list[str] = []
 
     def show_text() -> None:
-        if text and app.answer is not None:
+        if (text or thoughts) and app.answer is not None:
+            app.answer.think("".join(thoughts))
             app.transcript.extend(app.answer, "".join(text))
         text.clear()
+        thoughts.clear()
 
     for news in some:
         if isinstance(news, Answering) and isinstance(news.event, Token):
             text.append(news.event.text)
-            app.session.part(news.event.text)
+            thoughts.append(news.event.reasoning)
+            app.session.part(news.event.text, news.event.reasoning)
             continue
         show_text()
         if isinstance(news, Answering):
@@ -86,7 +90,7 @@ def _take_event(app: ChatApp, event: Event) -> None:
         became_turn = app.session.end(event)
         app.answer = None
         status, kind = _status(app, event, became_turn)
-        answer.finish(event.text, status, kind)
+        answer.finish(event.text, status, kind, event.reasoning)
         app.transcript.finish(answer)
         if not became_turn and event.reason == "error":
             app.say("the conversation is as it was before; /retry or Ctrl+R asks again", "warm")
@@ -117,7 +121,7 @@ def _status(app: ChatApp, done: Done, became_turn: bool) -> tuple[str, str]:
         parts.insert(0, done.error or "the generation failed")
         kind = "bad"
     elif done.reason == "cancelled":
-        parts.insert(0, "stopped" if became_turn else "stopped before the first token")
+        parts.insert(0, how_stopped(done, became_turn))
     elif done.reason == "length":
         parts.insert(0, f"cut off: {why_cut(done, app.session.sampling)}")
     return " · ".join(parts), kind

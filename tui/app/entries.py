@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -10,9 +9,6 @@ from rich.style import Style
 
 from tui.app.blocks import Block, GrowingMarkdown, cut_listings, split_blocks
 from tui.app.render import Line, Renderer
-
-_THINK = re.compile(r"\s*<think>")
-_THOUGHT = re.compile(r"</think>\s*")
 
 
 class Entry(ABC):
@@ -73,9 +69,9 @@ class Document(Entry):
 
 
 class Answer(Entry):
-    """An answer that may still grow. Reasoning (``<think>``) is folded to one line unless ``unfolded``."""
+    """An answer that may still grow. Its reasoning is folded to one line unless ``unfolded``."""
 
-    def __init__(self, text: str = "", status: str = "") -> None:
+    def __init__(self, text: str = "", status: str = "", reasoning: str = "") -> None:
         super().__init__()
         self.text = ""
         self.status = status
@@ -87,28 +83,19 @@ class Answer(Entry):
         self._settled: list[Line] = []
         self._blocks: list[Block] = []
         self._all: list[Block] = []  # the unsettled ones included
-        self._thinking: str | None = None
-        self._thinks_still = False
-        self._held = ""  # the beginning, while it may become <think>
-        if text:
-            self.finish(text, status)
+        self._thinking = ""
+        if text or reasoning:
+            self.finish(text, status, reasoning=reasoning)
 
     @property
     def thinks(self) -> bool:
-        """Whether it begins with reasoning."""
-        return self._thinking is not None
+        """Whether there is reasoning."""
+        return bool(self.thought)
 
     @property
     def thought(self) -> str:
         """The reasoning so far."""
-        return (self._thinking or "").strip()
-
-    @property
-    def reply(self) -> str:
-        """The text without its reasoning."""
-        if not _THINK.match(self.text):
-            return self.text
-        return _THOUGHT.split(self.text, maxsplit=1)[1] if _THOUGHT.search(self.text) else ""
+        return self._thinking.strip()
 
     def code(self, number: int) -> str:
         """The listing that block ``number`` is, or is a piece of."""
@@ -127,15 +114,22 @@ class Answer(Entry):
         numbers = [number for number, block in enumerate(self._all) if block.language is not None]
         return self.code(numbers[-1]) if numbers else None
 
+    def think(self, text: str) -> None:
+        """Some more of its reasoning came; :meth:`add` renders it."""
+        self._thinking += text
+
     def add(self, text: str, renderer: Renderer) -> None:
         """Some more of the answer came; renders what it changes."""
         self.text += text
-        self._take(text, renderer)
+        for block in self._growing.add(text):
+            self._settled += renderer.block(block, len(self._blocks))
+            self._blocks.append(block)
         self._render_tail(renderer)
 
-    def finish(self, text: str, status: str, kind: str = "dim") -> None:
+    def finish(self, text: str, status: str, kind: str = "dim", reasoning: str = "") -> None:
         """The answer is complete: it is rendered as a whole the next time."""
         self.text, self.status, self.status_kind = text, status, kind
+        self._thinking = reasoning or self._thinking
         self.done, self.waiting, self.dirty = True, "", True
 
     def steps(self, renderer: Renderer) -> Iterator[None]:
@@ -145,58 +139,26 @@ class Answer(Entry):
             self.add(text, renderer)
             self.dirty = False
             return
-        thinking, blocks = self._split_whole()
+        blocks = cut_listings(split_blocks(self.text))
         settled: list[Line] = []
         for number, block in enumerate(blocks):
             settled += renderer.block(block, number)
             yield
         self._start()
-        self._thinking, self._blocks, self._settled = thinking, blocks, settled
+        self._blocks, self._settled = blocks, settled
         self._render_tail(renderer)
         self.dirty = False
 
     def _start(self) -> None:
         self._growing = GrowingMarkdown()
         self._settled, self._blocks, self._all = [], [], []
-        self._thinking = None
-        self._thinks_still = False
-        self._held = ""
-
-    def _split_whole(self) -> tuple[str | None, list[Block]]:
-        """The reasoning, if there is any, and the blocks of the reply."""
-        if not _THINK.match(self.text):
-            return None, cut_listings(split_blocks(self.text))
-        body = _THINK.sub("", self.text, count=1)
-        thinking, *reply = _THOUGHT.split(body, maxsplit=1)
-        return thinking, cut_listings(split_blocks(reply[0])) if reply else []
-
-    def _take(self, text: str, renderer: Renderer) -> None:
-        if self._thinking is None and not self._blocks and not self._thinks_still and len(self._held) < 8:
-            text, self._held = self._held + text, ""
-            if _THINK.match(text):
-                self._thinking, self._thinks_still = "", True
-                text = _THINK.sub("", text, count=1)
-            elif "<think>".startswith(text.strip()):
-                self._held = text
-                return
-            else:
-                self._held = " " * 8  # decided
-        if self._thinks_still:
-            self._thinking = (self._thinking or "") + text
-            if not (ended := _THOUGHT.search(self._thinking)):
-                return
-            text = self._thinking[ended.end() :]
-            self._thinking, self._thinks_still = self._thinking[: ended.start()], False
-        for block in self._growing.add(text):
-            self._settled += renderer.block(block, len(self._blocks))
-            self._blocks.append(block)
 
     def _render_tail(self, renderer: Renderer) -> None:
         head: list[Line] = []
-        if self._thinking is not None and self.thought:
+        if self.thinks:
             words = len(self.thought.split())
             arrow = "▾" if self.unfolded else "▸"
-            verb = "thinking" if self._thinks_still and not self.done else "thought"
+            verb = "thought" if self.text or self.done else "thinking"
             style = renderer.look.dim
             head = [renderer.blank(), *renderer.text(f"{arrow} {verb}, {words} words", style, act="think")]
             if self.unfolded:
@@ -206,7 +168,7 @@ class Answer(Entry):
         for number, block in enumerate(pending, len(self._blocks)):
             tail += renderer.block(block, number)
         self._all = self._blocks + pending
-        if self.waiting and not self.text:
+        if self.waiting and not self.text and not self.thinks:
             tail += [renderer.blank(), *renderer.text(self.waiting, renderer.look.dim)]
         if self.status:
             tail += [renderer.blank(), *renderer.text(self.status, renderer.look.named(self.status_kind))]

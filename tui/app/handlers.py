@@ -83,7 +83,7 @@ def _editor(app: ChatApp, argument: str) -> None:
 
 
 def _copy(app: ChatApp, argument: str) -> None:
-    answers = [entry for entry in app.transcript.entries if isinstance(entry, Answer) and entry.reply]
+    answers = [entry for entry in app.transcript.entries if isinstance(entry, Answer) and entry.text]
     if argument == "all":
         from tui.save import to_markdown
 
@@ -92,7 +92,7 @@ def _copy(app: ChatApp, argument: str) -> None:
     if not answers:
         raise UsageError("there is no answer to copy yet")
     if argument in ("", "answer"):
-        app.copy(answers[-1].reply.strip(), "the answer")
+        app.copy(answers[-1].text.strip(), "the answer")
     elif argument == "code":
         code = next((code for answer in reversed(answers) if (code := answer.last_code()) is not None), None)
         if code is None:
@@ -178,7 +178,7 @@ def _think(app: ChatApp, argument: str) -> None:
         entry.unfolded = unfold
         app.transcript.changed(entry)
     if not thinking:
-        app.say("no answer has reasoning (<think>)")
+        app.say("no answer has reasoning")
 
 
 def _theme(app: ChatApp, argument: str) -> None:

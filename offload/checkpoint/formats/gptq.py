@@ -2,10 +2,10 @@
 
 ``X.qweight``, int32 [inputs * bits / 32, outputs], holds the codes, packed along the inputs; ``X.scales`` [groups,
 outputs]; ``X.qzeros``, int32 [groups, outputs * bits / 32], packed along the outputs, one less than the zero points
-unless the config's ``checkpoint_format`` is ``gptq_v2``; ``X.g_idx`` has the group of each input, which with
+unless the config's ``checkpoint_format`` is ``gptq_v2``, or all of them are the middle of the codes (GPTQModel has
+written such without saying so); ``X.g_idx`` has the group of each input, which with
 ``desc_act`` are in any order. A weight is (code - zero) * scale, rounded to the scales' dtype; the model has the
-transpose. Source: AutoGPTQ and GPTQModel (``nn_modules/qlinear``; version 1 becomes version 2 by adding 1 to each field
-of a word).
+transpose. Source: AutoGPTQ and GPTQModel (``nn_modules/qlinear``).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTenso
 from offload.checkpoint.formats.unpacking import unpack_columns, unpack_rows
 from offload.errors import ModelError
 
-_ONES = {4: 0x11111111, 8: 0x01010101}
-"""1 in each field of a word."""
+_MIDDLE = {4: 0x88888888 - 2**32, 8: 0x80808080 - 2**32}
+"""A word of zero points that are all the middle of the codes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class GptqLayout(PackedLayout):
         group = math.ceil(self.shape[1] / self.groups)
         of_input = order[0][start:stop].long() if order else torch.arange(start, stop) // group
         values = unpack_rows(weight[start * self.bits // 32 : stop * self.bits // 32], self.bits).float()
-        zeros = unpack_columns(zero + self.less * _ONES[self.bits], self.bits).float()
+        zeros = unpack_columns(zero, self.bits)
+        zeros = ((zeros + self.less) & (2**self.bits - 1)).float()  # by the field: 15 and 1 do not touch the next one
         return values.sub_(zeros[of_input]).mul_(scale.float()[of_input]).to(scale.dtype)
 
 
@@ -71,7 +72,7 @@ class GptqMethod(Method):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         self._bits = int(config.get("bits", 4))
-        if self._bits not in _ONES:
+        if self._bits not in _MIDDLE:
             raise ModelError(f"GPTQ weights of {self._bits} bits are not supported; 4 or 8 are")
         form = config.get("checkpoint_format") or "gptq"
         if form not in ("gptq", "gptq_v2"):
@@ -79,17 +80,20 @@ class GptqMethod(Method):
         self._less = int(form == "gptq")
 
     def find(self, entries: Entries, read: Read) -> dict[str, PackedTensor]:
-        found = {}
+        found: dict[str, PackedTensor] = {}
+        less = self._less
         for key, entry in entries.items():
             stem = key.removesuffix(".qweight")
             if stem == key:
                 continue
             scale, zero, order = (f"{stem}.{part}" for part in ("scales", "qzeros", "g_idx"))
             check_parts(key, (scale, zero), entries)
+            if not found and less:  # one of them tells for all
+                less = int(not bool((read(zero) == _MIDDLE[self._bits]).all()))
             words, outputs = entry.shape
             groups, dtype = entries[scale].shape[0], str(entries[scale].dtype).removeprefix("torch.")
             shape = outputs, words * 32 // self._bits
-            layout = GptqLayout(shape, self._bits, groups, dtype, self._less, int(order in entries))
+            layout = GptqLayout(shape, self._bits, groups, dtype, less, int(order in entries))
             keys = (key, scale, zero, order) if order in entries else (key, scale, zero)
             check_shapes(layout, keys, entries)
             found[f"{stem}.weight"] = PackedTensor(layout, keys)
