@@ -166,7 +166,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
-        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers(), setup.fill)
+        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers(), setup.fill, setup.records)
     text = model.config.get_text_config()
 
     def new_recorder(folder: Path | None = None) -> TraceRecorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import ContextError, ExpertFileError, UsageError
-from offload.events import RowDone, RowsPass
+from offload.events import RowDone, RowsPass, RunStats
 from offload.protocol import PreparedRow
 from tests.engines import finish, open_tiny
 from tests.tiny_models import build_tiny
@@ -116,6 +117,39 @@ def test_an_expert_is_read_once_for_all_rows_of_a_pass(checkpoints: Callable[[st
         assert stats.decode_passes == 5
         # equal rows choose equal experts: as many accesses as one row would have
         assert counters.decode.accesses == layers * 5 * 2
+
+
+def test_prompts_and_rows_read_what_they_need_and_hardly_more(tmp_path: Path, packs: Path) -> None:
+    sizes = {
+        "num_hidden_layers": 8,
+        "num_experts": 64,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 8,
+        "intermediate_size": 16,
+    }
+    checkpoint = build_tiny("olmoe", tmp_path / "checkpoint", sizes=sizes)
+    with open_tiny(checkpoint, packs, residency=0.5, batch_rows=8, prefill_chunk=96) as engine:
+        long = SamplingSettings(temperature=1, seed=1, max_new_tokens=24, ignore_eos=True)
+        laps: list[RunStats] = []
+        passes = 0
+
+        def on_pass(event: RowsPass) -> None:
+            nonlocal passes
+            passes += 1
+            if passes == 1 + 8 * 40 // 96:
+                laps.append(engine.lap())
+
+        rows = [replace(engine.prepare("x", long), ids=tuple(range(10 + n, 50 + n))) for n in range(8)]
+        for repeat in range(2):
+            passes = 0
+            answer_rows(engine, rows, on_pass)
+            laps.append(engine.lap())
+            assert passes > 24 + repeat
+    for prompts, decoded in (laps[:2], laps[2:]):
+        assert prompts.prefill_passes == 4 and decoded.decode_passes > 20
+    for lap in laps[1:]:  # the first fills the slots
+        assert lap.bytes.needed is not None and lap.bytes.needed > 0
+        assert lap.bytes.needed <= lap.bytes.disk_read <= 1.05 * lap.bytes.needed
 
 
 def test_equal_rows_get_equal_answers(checkpoints: Callable[[str], Path], packs: Path) -> None:
