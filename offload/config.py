@@ -152,7 +152,7 @@ class EngineSettings:
     scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
     experts_dir: Path | None = None
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    prefill_chunk: int | None = DEFAULT_PREFILL_CHUNK
     batch_rows: int | None = 1
     row_tokens: int | None = None
     read_workers: int = 4
@@ -185,7 +185,9 @@ class EngineSettings:
             self.residency is None or 0 < self.residency <= 1, "--residency must be above 0 and at most 1 (0.5 is half)"
         )
         _check(self.context_tokens is None or self.context_tokens >= 2, "--ctx must be at least 2 tokens")
-        _check(self.prefill_chunk >= 1, "--prefill-chunk must be at least 1 token")
+        _check(
+            self.prefill_chunk is None or self.prefill_chunk >= 1, "--prefill-chunk must be auto or at least 1 token"
+        )
         _check(
             self.batch_rows is None or 1 <= self.batch_rows <= MAX_BATCH_ROWS,
             f"--batch-size must be auto or between 1 and {MAX_BATCH_ROWS}",

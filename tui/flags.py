@@ -138,7 +138,12 @@ MEMORY_FLAGS = (
         "TOKENS",
         f"tokens of prompt and answer together (default: the model's own, at most {DEFAULT_CONTEXT_TOKENS})",
     ),
-    Flag("--prefill-chunk", whole, "TOKENS", f"prompt tokens in one forward pass (default: {DEFAULT_PREFILL_CHUNK})"),
+    Flag(
+        "--prefill-chunk",
+        whole_or_auto,
+        "TOKENS",
+        f"prompt tokens in one forward pass, or auto: what the budget allows (default: {DEFAULT_PREFILL_CHUNK})",
+    ),
     Flag("--read-workers", whole, "N", f"threads that read experts (default: {EngineSettings().read_workers})"),
 )
 RUN_FLAGS = (

@@ -77,12 +77,12 @@ class RowAttention:
                 module.__dict__.pop(_HOOK, None)
             self._model.set_attn_implementation(self.stock)
 
-    def run(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """One forward pass. Returns the logits of the last token of each segment, [segments, V].
+    def run(self, segments: Sequence[Segment], device: torch.device | str = "cpu") -> torch.Tensor:
+        """One forward pass on the model's ``device``. Returns the logits of the last token of each segment,
+        [segments, V].
 
         After an error the rows' caches may hold a part of their tokens.
         """
-        device = self._model.device
         positions = torch.cat([torch.arange(part.start, part.start + len(part.tokens)) for part in segments])
         ends = torch.tensor([len(part.tokens) for part in segments]).cumsum(0) - 1
         output = self._model(

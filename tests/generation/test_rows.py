@@ -251,6 +251,45 @@ def test_an_engine_for_one_row_says_so(checkpoints: Callable[[str], Path], packs
         assert engine.rows_at_once == 1
 
 
+@pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss", "deepseek_v3"])
+def test_rows_share_passes_on_a_device_of_its_own_memory(
+    architecture: str, checkpoints: Callable[[str], Path], packs: Path
+) -> None:
+    rows = prompts(6)
+    with open_tiny(checkpoints(architecture), packs, residency=0.3) as engine:
+        alone = [finish(engine.generate(*row))[1].text for row in rows]
+    simulated = {"device": "simulated", "residency": 0.3, "batch_rows": 3, "prefill_chunk": 24}
+    with open_tiny(checkpoints(architecture), packs, **simulated) as engine:
+        passes: list[RowsPass] = []
+        ends = answer_rows(engine, [engine.prepare(*row) for row in rows], passes.append)
+        assert [ends[number].text for number in range(6)] == alone
+        assert max(event.running for event in passes) == 3
+        stats = engine.stats()
+        assert stats.virtual and 0 < stats.seconds.total < 1, "by the device's clock"
+        memory = stats.memory
+        assert memory.vram_peak_bytes is not None and memory.vram_budget_bytes is not None
+        assert memory.vram_peak_bytes <= memory.vram_budget_bytes
+
+
+def test_memory_that_a_device_refuses_rows_costs_slots_and_no_answer(
+    checkpoints: Callable[[str], Path], packs: Path
+) -> None:
+    rows = prompts(5)
+    with open_tiny(checkpoints("gpt_oss"), packs, device="simulated", residency=0.5, batch_rows=3) as engine:
+        expected = answer_rows(engine, [engine.prepare(*row) for row in rows])
+        before, vram = engine.plan.slots, engine._device.vram  # type: ignore[attr-defined]
+
+        def on_pass(event: RowsPass) -> None:
+            if engine.plan.slots == before:
+                vram.budget = vram.used + 1000  # somebody else took the rest
+
+        ends = answer_rows(engine, [engine.prepare(*row) for row in rows], on_pass)
+        assert engine.plan.slots < before
+        assert {number: (end.text, end.error) for number, end in ends.items()} == {
+            number: (end.text, None) for number, end in expected.items()
+        }
+
+
 def test_memory_bounds_the_rows_in_flight(checkpoints: Callable[[str], Path], packs: Path) -> None:
     with open_tiny(checkpoints("olmoe"), packs, batch_rows=8, row_tokens=32) as engine:
         greedy = SamplingSettings(temperature=0, max_new_tokens=110)  # each may take a quarter of the pool
