@@ -28,6 +28,7 @@ TIERS = ("inclusive", "exclusive")
 FORMATS = ("native", "int8", "int4", "int4-g32", "int4-g128", "mixed")
 DENSE_FORMATS = ("native", "int8", "int4")
 KERNELS = ("auto", "torch")
+KV_CACHES = ("dynamic", "fp8")
 PREFETCHES = ("off", "next-gate", "layer-markov", "previous-token", "popularity")
 SCOPES = ("layer", "global")
 
@@ -148,6 +149,7 @@ class EngineSettings:
     format: str = "native"
     dense_format: str = "native"
     kernels: str = "auto"
+    kv_cache: str = "dynamic"
     policy: str = DEFAULT_POLICY
     scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
@@ -174,6 +176,7 @@ class EngineSettings:
             ("--format", self.format, FORMATS),
             ("--dense-format", self.dense_format, DENSE_FORMATS),
             ("--kernels", self.kernels, KERNELS),
+            ("--kv-cache", self.kv_cache, KV_CACHES),
             ("--scope", self.scope, SCOPES),
             ("--prefetch", self.prefetch, PREFETCHES),
             ("--tiers", self.tiers, TIERS),

@@ -109,7 +109,7 @@ class Engine(LiveMethods):
         self._modules = modules
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
-        self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
+        self._kv = KVState(model.config, plan.sizes.context_tokens, kind=settings.kv_cache, whole_prompts=whole_prompts)
         self._prefill_chunk = plan.sizes.chunk_tokens
         self._session = Tally()
         self._lap = Tally()
@@ -375,6 +375,7 @@ class Engine(LiveMethods):
             self._passes.requests,
             self._passes.forwards,
             self._passes.notices,
+            self._settings.kv_cache,
         )
         try:
             yield from passes.run(take, self._encoder.tokenizer, self._stop_ids, self._defaults)

@@ -297,7 +297,7 @@ def _plan(
         slot_bytes=max(record_layout(source, module, weight_format).record_bytes for module in source.experts),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
-        row_memory=kv_row_memory(source.model, context),
+        row_memory=kv_row_memory(source.model, context, settings.kv_cache),
     )
     release_free_memory()
     now = process_memory()
@@ -311,6 +311,7 @@ def _plan(
     def sized(rows: int, chunk: int) -> ModelSizes:
         held = max(sizes.row_memory.bytes(context), rows * sizes.row_memory.bytes(row_tokens))
         activations = _activations(settings, source, context, chunk, rows, held)
+        activations += sizes.row_memory.unpacked * max(context, rows * row_tokens)
         return replace(sizes, rows=rows, chunk_tokens=chunk, kv_bytes=held, activation_bytes=activations)
 
     def divided(with_rows: ModelSizes) -> AnyPlan:

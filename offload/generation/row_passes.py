@@ -39,6 +39,7 @@ class RowPasses:
         first_request: int,
         first_forward: int,
         notices: list[Notice],
+        kv_cache: str,
     ) -> None:
         self.requests, self.forwards = first_request, first_forward
         self._model = model
@@ -46,6 +47,7 @@ class RowPasses:
         self._runtime = runtime
         self._rooms = rooms
         self._notices = notices
+        self._kv_cache = kv_cache
         self._sizes = sizes
         self._meter = meter
         self._chunk = chunk
@@ -68,7 +70,7 @@ class RowPasses:
             on_token=self._on_token,
             on_shared=self._meter.tally.count_shared,
         )
-        caches = RowCaches(self._model.config, sizes.row_memory, sizes.kv_bytes, sizes.context_tokens)
+        caches = RowCaches(self._model.config, sizes.row_memory, sizes.kv_bytes, sizes.context_tokens, self._kv_cache)
         with self._attention.entered():
             yield from RowBatch(host, caches, sizes.rows, self._chunk, sizes.context_tokens).run(take)
 

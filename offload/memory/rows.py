@@ -19,10 +19,14 @@ _GOOD_ENOUGH = 0.95
 
 @dataclass(frozen=True, slots=True)
 class RowMemory:
-    """What the KV cache of one row takes: ``fixed`` bytes (sliding windows) and ``per_token`` bytes."""
+    """What the KV cache of one row takes: ``fixed`` bytes (sliding windows) and ``per_token`` bytes.
+
+    ``unpacked``: bytes a token that a pass needs beside it for one layer, where less is kept than attention takes.
+    """
 
     fixed: int
     per_token: int
+    unpacked: int = 0
 
     def bytes(self, tokens: int) -> int:
         return self.fixed + self.per_token * tokens

@@ -129,7 +129,9 @@ def can_pack(model: PreTrainedModel, cache: DynamicCache) -> bool:
     Every layer must keep keys and values and nothing else, leave attention to transformers' interface, and be of a
     family that was checked: indexers, compressed keys and chunked attention do not show from outside.
     """
-    plain = all(type(layer) in (PreallocatedLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    plain = all(
+        isinstance(layer, PreallocatedLayer) or type(layer) is DynamicSlidingWindowLayer for layer in cache.layers
+    )
     indexed = any(getattr(module, "indexer", None) is not None for module in model.modules())
     return plain and not indexed and rows_may_share(model.config.model_type)
 

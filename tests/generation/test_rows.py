@@ -75,7 +75,7 @@ def answer_rows(
         ("olmoe", {}),
         ("gpt_oss", {}),  # eager attention with sinks, sliding windows
         ("deepseek_v3", {}),  # keys made from cached latent states
-        ("qwen3_moe", {"format": "int4", "dense_format": "int8"}),
+        ("qwen3_moe", {"format": "int4", "dense_format": "int8", "kv_cache": "fp8"}),
     ],
 )
 def test_every_row_answers_as_it_does_alone(
@@ -178,16 +178,17 @@ def test_a_row_longer_than_the_context_is_refused_and_a_long_one_ends_there(
         assert (end.reason, end.prompt_tokens + end.new_tokens) == ("length", 64)
 
 
-def test_a_shared_beginning_is_computed_once(checkpoints: Callable[[str], Path], packs: Path) -> None:
+@pytest.mark.parametrize("kv_cache", ["dynamic", "fp8"])
+def test_a_shared_beginning_is_computed_once(kv_cache: str, checkpoints: Callable[[str], Path], packs: Path) -> None:
     greedy = SamplingSettings(temperature=0, max_new_tokens=6)
     texts = [SYSTEM + f"Question {number}" for number in range(8)]
-    with open_tiny(checkpoints("olmoe"), packs) as engine:
+    with open_tiny(checkpoints("olmoe"), packs, kv_cache=kv_cache) as engine:
         engine.generate("x", greedy)
         alone = []
         for text in texts:
             engine.reset()
             alone.append(finish(engine.generate(text, greedy))[1].text)
-    with open_tiny(checkpoints("olmoe"), packs, batch_rows=3) as engine:
+    with open_tiny(checkpoints("olmoe"), packs, batch_rows=3, kv_cache=kv_cache) as engine:
         rows = [engine.prepare(text, greedy) for text in texts]
         common = len(engine.encode(SYSTEM + "Question"))
         ends = answer_rows(engine, rows)
