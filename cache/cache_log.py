@@ -47,6 +47,11 @@ class CacheSetup:
         """The ``fill`` argument of a cache: an even share of the slots."""
         return even_share(self.slots, len(self.layers))
 
+    @property
+    def records(self) -> int:
+        """The ``records`` argument of a cache."""
+        return len(self.layers) * self.experts
+
     def shared_layers(self) -> tuple[int, ...] | None:
         """The ``layers`` argument of a cache of this scope."""
         return self.layers if self.scope == "layer" else None
@@ -56,7 +61,7 @@ class LoggedCache(ExpertCache):
     """An expert cache that writes down what it is told and what it answers. The plain one does not pay for it."""
 
     def __init__(self, setup: CacheSetup) -> None:
-        super().__init__(setup.slots, setup.make_policy(), setup.shared_layers(), setup.fill)
+        super().__init__(setup.slots, setup.make_policy(), setup.shared_layers(), setup.fill, setup.records)
         self.log: list[tuple[Any, ...]] = [("setup", asdict(setup))]
 
     def lookup(
@@ -152,7 +157,7 @@ def replay_log(entries: Iterable[Sequence[Any]]) -> CacheCounters:
         try:
             if name == "setup":
                 setup = _setup(arguments[0])
-                cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers(), setup.fill)
+                cache = ExpertCache(setup.slots, setup.make_policy(), setup.shared_layers(), setup.fill, setup.records)
                 continue
             if cache is None:
                 raise ValueError("it does not begin with a setup")

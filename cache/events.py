@@ -22,6 +22,7 @@ class Events:
     :func:`by_rank`, and ``weights`` [A] are the router's weights of each, summed over the event's tokens. ``starts`` is
     [E + 1]. ``recent`` are, of the events of several tokens, the experts that an expert cache is told of as recently
     used, in groups (:func:`cache.recent.recent_tokens`, :meth:`cache.expert_cache.ExpertCache.lookup`).
+    ``layer_experts``: how many experts a layer has, 0 if it is not known.
     """
 
     request: NDArray[np.int32]
@@ -32,6 +33,7 @@ class Events:
     experts: NDArray[np.int16]
     weights: NDArray[np.float32]
     recent: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
+    layer_experts: int = 0
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -63,6 +65,7 @@ class Events:
             self.experts[access],
             self.weights[access],
             {number[event]: groups for event, groups in self.recent.items() if keep[event]},
+            self.layer_experts,
         )
 
 
@@ -103,6 +106,7 @@ def trace_events(trace: Trace) -> Events:
         (access % experts).astype(np.int16),
         summed.astype(np.float32),
         _recent(trace, event),
+        experts,
     )
 
 

@@ -8,13 +8,9 @@ from collections.abc import Iterable, Sequence
 from cache.keys import ExpertKey
 from cache.outcomes import CacheCounters, Counters, Lookup, Reservation, SlotState
 from cache.policies.base import Policy
-from cache.shares import layer_shares
+from cache.shares import layer_shares, passing_slots
 
 __all__ = ["CacheCounters", "Counters", "ExpertCache", "Lookup", "Reservation", "SlotState"]
-
-
-_MOST_PASSING = 8
-"""Slots at the cold end: enough to read some records while others are computed."""
 
 
 class ExpertCache:
@@ -39,12 +35,18 @@ class ExpertCache:
     A forward pass of many tokens (a prompt, the rows of a batch) may need most records of every layer, one layer after
     the other. Admitted like any others, each layer's would push out what the next layers are about to use, and the pass
     would find nothing. So its events stream (``recent`` of :meth:`lookup`): beyond ``fill`` slots for each layer, while
-    there are free ones, records go through a few slots at the cold end, which any later event takes first. Only what
-    the most recent tokens use stays, in place of records of the same layer that the pass does not need.
+    there are free ones, records go through a few slots at the cold end, which any later event takes first: how many
+    follows from ``records``, the number of all experts. Only what the most recent tokens use stays, in place of records
+    of the same layer that the pass does not need.
     """
 
     def __init__(
-        self, slots: int, policy: Policy, layers: Iterable[int] | None = None, fill: int | None = None
+        self,
+        slots: int,
+        policy: Policy,
+        layers: Iterable[int] | None = None,
+        fill: int | None = None,
+        records: int | None = None,
     ) -> None:
         if slots < 1:
             raise ValueError("an expert cache needs at least one slot")
@@ -61,7 +63,7 @@ class ExpertCache:
         self._share = None if layers is None else layer_shares(slots, layers)
         self._fill = slots if fill is None else fill
         self._passing: dict[ExpertKey, None] = {}  # records at the cold end, the oldest first
-        self._most_passing = max(1, min(_MOST_PASSING, slots // 8))
+        self._most_passing = passing_slots(slots, records)
         self._recent: frozenset[ExpertKey] | None = None  # of the open event, if it streams
         self._retired: set[int] = set()  # numbers of slots that have no memory
 

@@ -136,7 +136,8 @@ class _Replay:
         self.events, self.settings, self.counts = events, settings, counts
         policy = make_policy(settings.policy, context)
         shared = layers if settings.scope == "layer" and layers else None
-        self.cache = ExpertCache(settings.slots, policy, shared, even_share(settings.slots, len(layers)))
+        fill, records = even_share(settings.slots, len(layers)), len(layers) * max(experts, events.layer_experts)
+        self.cache = ExpertCache(settings.slots, policy, shared, fill, records)
         # what knows the future must be told of all of it, so its events do not stream
         self.recent = {} if is_simulation_only(settings.policy) else events.recent
         self.predictor = None

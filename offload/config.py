@@ -28,6 +28,7 @@ TIERS = ("inclusive", "exclusive")
 FORMATS = ("native", "int8", "int4", "int4-g32", "int4-g128", "mixed")
 DENSE_FORMATS = ("native", "int8", "int4")
 KERNELS = ("auto", "torch")
+KV_CACHES = ("dynamic", "fp8")
 PREFETCHES = ("off", "next-gate", "layer-markov", "previous-token", "popularity")
 SCOPES = ("layer", "global")
 
@@ -156,11 +157,12 @@ class EngineSettings:
     format: str = "native"
     dense_format: str = "native"
     kernels: str = "auto"
+    kv_cache: str = "dynamic"
     policy: str = DEFAULT_POLICY
     scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
     experts_dir: Path | None = None
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    prefill_chunk: int | None = DEFAULT_PREFILL_CHUNK
     batch_rows: int | None = 1
     row_tokens: int | None = None
     read_workers: int = 4
@@ -182,6 +184,7 @@ class EngineSettings:
             ("--format", self.format, FORMATS),
             ("--dense-format", self.dense_format, DENSE_FORMATS),
             ("--kernels", self.kernels, KERNELS),
+            ("--kv-cache", self.kv_cache, KV_CACHES),
             ("--scope", self.scope, SCOPES),
             ("--prefetch", self.prefetch, PREFETCHES),
             ("--tiers", self.tiers, TIERS),
@@ -193,7 +196,9 @@ class EngineSettings:
             self.residency is None or 0 < self.residency <= 1, "--residency must be above 0 and at most 1 (0.5 is half)"
         )
         _check(self.context_tokens is None or self.context_tokens >= 2, "--ctx must be at least 2 tokens")
-        _check(self.prefill_chunk >= 1, "--prefill-chunk must be at least 1 token")
+        _check(
+            self.prefill_chunk is None or self.prefill_chunk >= 1, "--prefill-chunk must be auto or at least 1 token"
+        )
         _check(
             self.batch_rows is None or 1 <= self.batch_rows <= MAX_BATCH_ROWS,
             f"--batch-size must be auto or between 1 and {MAX_BATCH_ROWS}",

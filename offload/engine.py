@@ -109,8 +109,8 @@ class Engine(LiveMethods):
         self._modules = modules
         self._settings = settings
         whole_prompts = needs_whole_prompts(model.config.model_type)
-        self._kv = KVState(model.config, plan.sizes.context_tokens, whole_prompts=whole_prompts)
-        self._prefill_chunk = plan.sizes.context_tokens if whole_prompts else settings.prefill_chunk
+        self._kv = KVState(model.config, plan.sizes.context_tokens, kind=settings.kv_cache, whole_prompts=whole_prompts)
+        self._prefill_chunk = plan.sizes.chunk_tokens
         self._session = Tally()
         self._lap = Tally()
         self._meter: Meter | None = None
@@ -363,12 +363,16 @@ class Engine(LiveMethods):
         meter = self._meter = Meter(self._runtime, self._device)
         passes = RowPasses(
             self._model,
+            self._device,
             self._runtime,
+            self._rooms,
             self.plan.sizes,
             meter,
             self._prefill_chunk,
             self._passes.requests,
             self._passes.forwards,
+            self._passes.notices,
+            self._settings.kv_cache,
         )
         try:
             yield from passes.run(take, self._encoder.tokenizer, self._form, self._stop_ids, self._defaults)

@@ -41,10 +41,19 @@ from offload.events import Notice, Planned
 from offload.learning import earlier_events
 from offload.live import LiveView
 from offload.memory.activations import activation_bytes, experts_per_token, row_bytes, staged_bytes
+from offload.memory.chunk import CANDIDATES as CHUNKS
+from offload.memory.chunk import choose_chunk
 from offload.memory.estimate import Estimate, Work, estimate
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
-from offload.memory.rows import CANDIDATES, DISK_BYTES_PER_S, MEMORY_BYTES_PER_S, GainCurve
+from offload.memory.rows import (
+    CANDIDATES,
+    DEVICE_BYTES_PER_S,
+    DISK_BYTES_PER_S,
+    LINK_BYTES_PER_S,
+    MEMORY_BYTES_PER_S,
+    GainCurve,
+)
 from offload.memory.storage import AnyPlan, open_storage, staging_buffers
 from offload.memory.tier_plan import Asked, TierPlan, Vram, make_tier_plan
 from offload.meter import RunLabels, seconds_since_process_start
@@ -141,9 +150,9 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         on_event(Planned(tuple(plan.summary()), tuple(plan.rows())))
         if device.virtual:
             on_event(Notice(f"{device.name} is a pretend GPU: all seconds and rates are what that machine would take"))
-        if settings.batch_rows != 1 and not shares_passes(settings, source, device):
-            what = f"{source.config.model_type} models" if device.unified else f"a batch on {device.name}"
-            on_event(Notice(f"rows of {what} do not share forward passes; they run one by one"))
+        if settings.batch_rows != 1 and not shares_passes(settings, source):
+            what = f"rows of {source.config.model_type} models"
+            on_event(Notice(f"{what} do not share forward passes; they run one by one"))
         _say_what_fits(settings, plan, source.method, on_event)
         if not isinstance(plan, Plan):
             device.set_budget(plan.vram_budget - plan.vram.reserved)
@@ -173,7 +182,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     if settings.cache_log is not None:
         cache: ExpertCache = LoggedCache(setup)
     else:
-        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers(), setup.fill)
+        cache = ExpertCache(setup.slots, setup.make_policy(earlier), setup.shared_layers(), setup.fill, setup.records)
     text = model.config.get_text_config()
 
     def new_recorder(folder: Path | None = None) -> TraceRecorder:
@@ -288,7 +297,6 @@ def _plan(
     """``ram``: of a machine that is not this one."""
     context = _context_tokens(settings, source)
     weight_format = get_format(settings.format)
-    chunk = context if needs_whole_prompts(source.model.config.model_type) else settings.prefill_chunk
     sizes = ModelSizes(
         skeleton_bytes=skeleton_bytes(source.model, source.experts, settings.dense_format),
         kv_bytes=0,
@@ -296,7 +304,7 @@ def _plan(
         slot_bytes=max(record_layout(source, module, weight_format).record_bytes for module in source.experts),
         num_experts=sum(module.num_experts for module in source.experts),
         context_tokens=context,
-        row_memory=kv_row_memory(source.model, context),
+        row_memory=kv_row_memory(source.model, context, settings.kv_cache),
     )
     release_free_memory()
     now = process_memory()
@@ -304,32 +312,46 @@ def _plan(
     residency = _DEMO_RESIDENCY if _demo_residency(settings) else settings.residency
     baseline = Baseline(now.anonymous, now.file)
     row_tokens = min(context, whole_blocks_of(settings.row_tokens or context))
+    if device.unified and settings.vram is not None:
+        raise UsageError(f"--vram: {device.name} has no memory of its own; give --ram")
 
-    def sized(rows: int) -> ModelSizes:
+    def sized(rows: int, chunk: int) -> ModelSizes:
         held = max(sizes.row_memory.bytes(context), rows * sizes.row_memory.bytes(row_tokens))
         activations = _activations(settings, source, context, chunk, rows, held)
-        return replace(sizes, rows=rows, kv_bytes=held, activation_bytes=activations)
+        activations += sizes.row_memory.unpacked * max(context, rows * row_tokens)
+        return replace(sizes, rows=rows, chunk_tokens=chunk, kv_bytes=held, activation_bytes=activations)
 
-    if not device.unified:
+    def divided(with_rows: ModelSizes) -> AnyPlan:
+        if device.unified:
+            return make_plan(resolved.name, device.name, with_rows, baseline, available, settings.ram, residency)
         total, free = device.total_memory(), device.free_memory()
         assert total is not None and free is not None
         return make_tier_plan(
             resolved.name,
             device.name,
-            sized(1),
+            with_rows,
             baseline,
             available,
             Vram(total, free, device.reserved_bytes()),
             staging_buffers(settings.read_workers),
             Asked(settings.vram, settings.ram, residency, settings.tiers == "exclusive"),
         )
-    if settings.vram is not None:
-        raise UsageError(f"--vram: {device.name} has no memory of its own; give --ram")
 
-    def plan(rows: int) -> Plan:
-        return make_plan(resolved.name, device.name, sized(rows), baseline, available, settings.ram, residency)
+    def plan(rows: int) -> AnyPlan:
+        if needs_whole_prompts(source.model.config.model_type):
+            return divided(sized(rows, context))
+        if settings.prefill_chunk is not None:
+            return divided(sized(rows, settings.prefill_chunk))
+        smallest, *larger = [chunk for chunk in CHUNKS if chunk <= max(context, CHUNKS[0])]
+        plans = {smallest: divided(sized(rows, smallest))}
+        for chunk in larger:
+            with contextlib.suppress(BudgetError):
+                plans[chunk] = divided(sized(rows, chunk))
+        curve = _gain_curve(source, sizes, plans[smallest])
+        choice = choose_chunk({chunk: found.slots for chunk, found in plans.items()}, curve, context)
+        return divided(replace(sized(rows, choice.tokens), chunk=choice))
 
-    if not shares_passes(settings, source, device):
+    if not shares_passes(settings, source):
         return plan(1)
     if settings.batch_rows is not None:
         return plan(settings.batch_rows)
@@ -337,26 +359,31 @@ def _plan(
     for rows in CANDIDATES[1:]:
         with contextlib.suppress(BudgetError):
             plans[rows] = plan(rows)
-    return plans[_gain_curve(source, sizes).choose({rows: found.slots for rows, found in plans.items()})]
+    curve = _gain_curve(source, sizes, plans[1])
+    return plans[curve.choose({rows: found.slots for rows, found in plans.items()})]
 
 
-def shares_passes(settings: EngineSettings, source: CheckpointSource, device: Device) -> bool:
-    """Whether rows of a batch run together: if asked for, where the family and the device can."""
-    return settings.batch_rows != 1 and device.unified and can_pack(source.model, new_kv_cache(source.config, 1))
+def shares_passes(settings: EngineSettings, source: CheckpointSource) -> bool:
+    """Whether rows of a batch run together: if asked for, where the family can."""
+    return settings.batch_rows != 1 and can_pack(source.model, new_kv_cache(source.config, 1))
 
 
-def _gain_curve(source: CheckpointSource, sizes: ModelSizes) -> GainCurve:
-    """At the rates of this machine, if it was measured."""
+def _gain_curve(source: CheckpointSource, sizes: ModelSizes, plan: AnyPlan) -> GainCurve:
+    """At the rates of this machine, if it was measured; those of a device with memory of its own are assumed."""
     layers = len(source.experts)
     measured = load_calibration()
+    disk = (measured and measured.disk_bytes_per_s) or DISK_BYTES_PER_S
+    memory = (measured and measured.memory_bytes_per_s) or MEMORY_BYTES_PER_S
+    if isinstance(plan, TierPlan):
+        disk, memory = LINK_BYTES_PER_S if plan.in_memory == 1 else disk, DEVICE_BYTES_PER_S
     return GainCurve(
         layers,
         sizes.num_experts / layers,
         experts_per_token(source.config),
         sizes.slot_bytes,
         sizes.skeleton_bytes,
-        (measured and measured.disk_bytes_per_s) or DISK_BYTES_PER_S,
-        (measured and measured.memory_bytes_per_s) or MEMORY_BYTES_PER_S,
+        disk,
+        memory,
     )
 
 

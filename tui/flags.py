@@ -19,6 +19,7 @@ from offload.config import (
     DEVICES,
     FORMATS,
     KERNELS,
+    KV_CACHES,
     PREFETCHES,
     SCOPES,
     TIERS,
@@ -138,7 +139,18 @@ MEMORY_FLAGS = (
         "TOKENS",
         f"tokens of prompt and answer together (default: the model's own, at most {DEFAULT_CONTEXT_TOKENS})",
     ),
-    Flag("--prefill-chunk", whole, "TOKENS", f"prompt tokens in one forward pass (default: {DEFAULT_PREFILL_CHUNK})"),
+    Flag(
+        "--prefill-chunk",
+        whole_or_auto,
+        "TOKENS",
+        f"prompt tokens in one forward pass, or auto: what the budget allows (default: {DEFAULT_PREFILL_CHUNK})",
+    ),
+    Flag(
+        "--kv-cache",
+        check_text,
+        "NAME",
+        f"keys and values as they are or in 8 bits: {' or '.join(KV_CACHES)} (default: {KV_CACHES[0]})",
+    ),
     Flag("--read-workers", whole, "N", f"threads that read experts (default: {EngineSettings().read_workers})"),
 )
 RUN_FLAGS = (

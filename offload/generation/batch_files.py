@@ -116,6 +116,7 @@ def batch_settings(engine: EngineSettings, sampling: SamplingSettings, base_seed
         "format": engine.format,
         # only where it is not the default, so that batches begun before the flag was there go on
         **({} if engine.dense_format == "native" else {"dense_format": engine.dense_format}),
+        **({} if engine.kv_cache == "dynamic" else {"kv_cache": engine.kv_cache}),
         "ctx": engine.context_tokens,
         "prefill_chunk": engine.prefill_chunk,
         **{name: getattr(sampling, name) for name in SamplingSettings.field_names()},

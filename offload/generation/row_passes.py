@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +9,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from cache.recent import recent_tokens
-from offload.events import RowEvent
+from offload.devices.base import Device
+from offload.events import Notice, RowEvent
 from offload.generation.answer import AnswerForm
 from offload.generation.rows import PassPart, RowBatch, RowHost
 from offload.generation.sampling import Sampler
 from offload.memory.plan import ModelSizes
+from offload.memory.resize import Rooms
 from offload.meter import Meter
 from offload.model.experts import ExpertRuntime, ForwardPass
 from offload.model.packed import RowAttention, Segment
@@ -23,21 +24,31 @@ from offload.protocol import PreparedRow, TakeRow
 
 
 class RowPasses:
-    """One batch. ``first_request`` and ``first_forward`` number its rows and passes in the routing trace."""
+    """One batch. ``first_request`` and ``first_forward`` number its rows and passes in the routing trace; ``notices``
+    collects what a front end should say.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        device: Device,
         runtime: ExpertRuntime,
+        rooms: Rooms,
         sizes: ModelSizes,
         meter: Meter,
         chunk: int,
         first_request: int,
         first_forward: int,
+        notices: list[Notice],
+        kv_cache: str,
     ) -> None:
         self.requests, self.forwards = first_request, first_forward
         self._model = model
+        self._device = device
         self._runtime = runtime
+        self._rooms = rooms
+        self._notices = notices
+        self._kv_cache = kv_cache
         self._sizes = sizes
         self._meter = meter
         self._chunk = chunk
@@ -55,12 +66,13 @@ class RowPasses:
             stop_ids=stop_ids,
             sampler=lambda sampling: Sampler(sampling, defaults),
             run=self._pass,
+            make_room=self._make_room,
             cancelled=self._runtime.cancelled.is_set,
             on_admit=self._on_admit,
             on_token=self._on_token,
             on_shared=self._meter.tally.count_shared,
         )
-        caches = RowCaches(self._model.config, sizes.row_memory, sizes.kv_bytes, sizes.context_tokens)
+        caches = RowCaches(self._model.config, sizes.row_memory, sizes.kv_bytes, sizes.context_tokens, self._kv_cache)
         with self._attention.entered():
             yield from RowBatch(host, caches, sizes.rows, self._chunk, sizes.context_tokens).run(take)
 
@@ -71,10 +83,17 @@ class RowPasses:
         recent = recent_tokens((part.count, part.ends) for part in parts)
         self._runtime.current = ForwardPass(*of_rows[0][:2], self.forwards, decode, of_rows, recent)
         self.forwards += 1
-        began = time.perf_counter()
-        logits = self._attention.run(segments)
-        self._meter.tally.count_pass(time.perf_counter() - began, [part.count for part in parts], decode)
+        began = self._device.now()
+        with self._device.running():
+            logits = self._attention.run(segments, self._device.torch_device).to("cpu")
+        self._meter.tally.count_pass(self._device.now() - began, [part.count for part in parts], decode)
         return logits
+
+    def _make_room(self, error: Exception) -> bool:
+        if not self._device.out_of_memory(error):
+            return False
+        self._notices.append(Notice(self._rooms.make_room(error)))
+        return True
 
     def _on_admit(self, row: PreparedRow) -> None:
         self.requests += 1

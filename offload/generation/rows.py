@@ -80,7 +80,8 @@ class _Row:
 @dataclass(frozen=True, slots=True)
 class RowHost:
     """What an engine lends to its rows, and what it wants to be told of: each row that is taken, each new token, and
-    how many tokens of a row were copied from another.
+    how many tokens of a row were copied from another. ``make_room`` tells of an error whether memory was used up and is
+    to be had now.
     """
 
     tokenizer: Any
@@ -88,6 +89,7 @@ class RowHost:
     stop_ids: frozenset[int]
     sampler: Callable[[SamplingSettings], Sampler]
     run: RunPass
+    make_room: Callable[[Exception], bool]
     cancelled: Callable[[], bool]
     on_admit: Callable[[PreparedRow], None]
     on_token: Callable[[], None]
@@ -161,7 +163,11 @@ class RowBatch:
         parts = self._parts()
         try:
             logits = self._run(parts)
-        except RunLocalError as error:
+        except Exception as error:
+            if self._host.make_room(error):
+                return  # the rows are where they were before
+            if not isinstance(error, RunLocalError):
+                raise
             if len(parts) == 1:
                 yield self._fail(parts[0][0], error)
                 return

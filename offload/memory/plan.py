@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from offload.config import format_size
+from offload.config import DEFAULT_PREFILL_CHUNK, format_size
 from offload.errors import BudgetError
+from offload.memory.chunk import ChunkChoice
 from offload.memory.rows import RowMemory
 
 MARGIN_BYTES = 48 * 2**20
@@ -21,7 +22,8 @@ class ModelSizes:
     """Sizes of one model at one context, in bytes. ``activation_bytes`` is the peak inside one forward pass.
 
     ``kv_bytes`` is for one conversation, or for the ``rows`` of a batch that are in flight together, whatever they are:
-    at least one that fills the context.
+    at least one that fills the context. A forward pass has ``chunk_tokens`` at most; ``chunk`` tells why, if the plan
+    chose them.
     """
 
     skeleton_bytes: int
@@ -32,6 +34,19 @@ class ModelSizes:
     context_tokens: int
     rows: int = 1
     row_memory: RowMemory = _NO_MEMORY
+    chunk_tokens: int = DEFAULT_PREFILL_CHUNK
+    chunk: ChunkChoice | None = None
+
+    @property
+    def kv_remark(self) -> str:
+        if self.rows == 1:
+            return f"{self.context_tokens} tokens (--ctx)"
+        tokens = (self.kv_bytes - self.rows * self.row_memory.fixed) // max(1, self.row_memory.per_token)
+        return f"{self.rows} rows with {max(0, tokens)} tokens together, each at most {self.context_tokens} (--ctx)"
+
+    @property
+    def activation_remark(self) -> str:
+        return f"the largest forward pass: {self.chunk_tokens} tokens (--prefill-chunk)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +91,8 @@ class Plan:
             ("libraries", self.baseline.files, "mapped files of Python, torch and transformers"),
             ("process", self.baseline.anonymous, "their own memory"),
             ("skeleton", sizes.skeleton_bytes, "attention, routers, norms, shared experts, embeddings"),
-            ("KV cache", sizes.kv_bytes, self._kv_remark()),
-            ("activations", sizes.activation_bytes, "the largest forward pass (--prefill-chunk)"),
+            ("KV cache", sizes.kv_bytes, sizes.kv_remark),
+            ("activations", sizes.activation_bytes, sizes.activation_remark),
             ("margin", MARGIN_BYTES, "allocator and threads"),
             (
                 "expert slots",
@@ -88,13 +103,6 @@ class Plan:
             ("unused", self.budget - used, ""),
         ]
 
-    def _kv_remark(self) -> str:
-        sizes = self.sizes
-        if sizes.rows == 1:
-            return f"{sizes.context_tokens} tokens (--ctx)"
-        tokens = (sizes.kv_bytes - sizes.rows * sizes.row_memory.fixed) // max(1, sizes.row_memory.per_token)
-        return f"{sizes.rows} rows with {max(0, tokens)} tokens together, each at most {sizes.context_tokens} (--ctx)"
-
     def summary(self) -> list[str]:
         """Lines to read before or after the table."""
         chosen = "--ram" if self.budget_chosen else "--ram auto"
@@ -103,7 +111,7 @@ class Plan:
         )
         held = f"{self.slots} expert slots hold {self.residency:.0%} of the experts"
         rest = "; all experts fit, nothing is read while answering" if self.residency == 1 else ""
-        return [where, held + rest]
+        return [where, held + rest, *([self.sizes.chunk.summary()] if self.sizes.chunk is not None else [])]
 
     def to_json(self) -> dict[str, Any]:
         names = ("libraries", "process", "skeleton", "kv_cache", "activations", "margin", "expert_slots", "unused")
@@ -113,6 +121,7 @@ class Plan:
             "ram_budget_bytes": self.budget,
             "anonymous_bytes": self.anonymous_bytes,
             "context_tokens": self.sizes.context_tokens,
+            "chunk_tokens": self.sizes.chunk_tokens,
             "experts": self.sizes.num_experts,
             "slot_bytes": self.sizes.slot_bytes,
             "expert_slots": self.slots,

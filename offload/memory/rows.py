@@ -8,7 +8,9 @@ from dataclasses import dataclass
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 DISK_BYTES_PER_S = 1.5e9
 MEMORY_BYTES_PER_S = 10e9
-"""Rates of a machine that was not measured. Only what they are to each other decides."""
+LINK_BYTES_PER_S = 12e9
+DEVICE_BYTES_PER_S = 250e9
+"""Rates of a machine that was not measured, and of a card. Only what they are to each other decides."""
 _NEXT_ROW = 0.25
 """What a further row's arithmetic costs, as a share of the first one's, which waits for the memory."""
 _GOOD_ENOUGH = 0.95
@@ -17,10 +19,14 @@ _GOOD_ENOUGH = 0.95
 
 @dataclass(frozen=True, slots=True)
 class RowMemory:
-    """What the KV cache of one row takes: ``fixed`` bytes (sliding windows) and ``per_token`` bytes."""
+    """What the KV cache of one row takes: ``fixed`` bytes (sliding windows) and ``per_token`` bytes.
+
+    ``unpacked``: bytes a token that a pass needs beside it for one layer, where less is kept than attention takes.
+    """
 
     fixed: int
     per_token: int
+    unpacked: int = 0
 
     def bytes(self, tokens: int) -> int:
         return self.fixed + self.per_token * tokens

@@ -68,8 +68,8 @@ class TierPlan:
         return [
             ("context", self.vram.reserved, "the device's own, and its libraries'"),
             ("skeleton", sizes.skeleton_bytes, "attention, routers, norms, shared experts, embeddings"),
-            ("KV cache", sizes.kv_bytes, f"{sizes.context_tokens} tokens (--ctx)"),
-            ("activations", sizes.activation_bytes, "the largest forward pass (--prefill-chunk)"),
+            ("KV cache", sizes.kv_bytes, sizes.kv_remark),
+            ("activations", sizes.activation_bytes, sizes.activation_remark),
             ("margin", VRAM_MARGIN_BYTES, "the allocator"),
             ("expert slots", slots, self._held(self.slots, self.residency)),
             ("unused", self.vram_budget - vram_fixed(sizes, self.vram) - slots, ""),
@@ -108,6 +108,8 @@ class TierPlan:
             lines[0] += f"; {left} of VRAM are left to the desktop and others"
         if self.in_memory == 1:
             lines[1] += "; nothing is read from disk while answering"
+        if self.sizes.chunk is not None:
+            lines.append(self.sizes.chunk.summary())
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -118,6 +120,7 @@ class TierPlan:
             "vram_budget_bytes": self.vram_budget,
             "anonymous_bytes": self.anonymous_bytes,
             "context_tokens": self.sizes.context_tokens,
+            "chunk_tokens": self.sizes.chunk_tokens,
             "experts": self.sizes.num_experts,
             "slot_bytes": self.sizes.slot_bytes,
             "expert_slots": self.slots,

@@ -16,6 +16,10 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionLa
 from offload.memory.rows import RowMemory
 from offload.model.attention import KEY_BLOCK
 
+FP8 = torch.float8_e4m3fn
+_FP8_MOST = torch.finfo(FP8).max
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
+
 
 class PreallocatedLayer(DynamicLayer):
     """Keys and values [1, heads, tokens, head_dim], views into buffers of ``capacity`` tokens."""
@@ -32,17 +36,14 @@ class PreallocatedLayer(DynamicLayer):
         super().lazy_initialization(key_states, value_states)
         self._buffers = buffers
         self._cleared = 0
-        self.keys, self.values = (buffer[:, :, :0] for buffer in self._buffers)
+        self._show(0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.keys.shape[-2]  # :meth:`crop` of the base class shortens the views
-        end = start + key_states.shape[-2]
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit a KV cache of {self.capacity}")
+        start, end = self._grown(key_states.shape[-2])
         keys, values = self._buffers
         if end > self._cleared:  # attention may look at whole blocks, and what is not a number stays none times zero
             cleared = min(-(-end // KEY_BLOCK) * KEY_BLOCK, self.capacity)
@@ -51,30 +52,96 @@ class PreallocatedLayer(DynamicLayer):
             self._cleared = cleared
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        self._show(end)
         return self.keys, self.values
 
+    def copy_from(self, other: PreallocatedLayer, tokens: int) -> None:
+        """Take the first ``tokens`` of ``other``, a layer of the same kind that has begun. This one must be empty."""
+        self.update(other.keys[:, :, :tokens], other.values[:, :, :tokens])
 
-def new_kv_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
-    """An empty cache for ``capacity`` tokens of one sequence."""
+    def _grown(self, tokens: int) -> tuple[int, int]:
+        """Where so many more tokens go."""
+        start = self.keys.shape[-2]  # :meth:`crop` of the base class shortens the views
+        if start + tokens > self.capacity:
+            raise ValueError(f"{start + tokens} tokens do not fit a KV cache of {self.capacity}")
+        return start, start + tokens
+
+    def _show(self, tokens: int) -> None:
+        self.keys, self.values = (buffer[:, :, :tokens] for buffer in self._buffers)
+
+
+class Fp8Layer(PreallocatedLayer):
+    """As its base class, but what is kept has 8 bits: float8_e4m3fn, and a float32 scale for each head and token.
+
+    transformers' ``Fp8QuantizedLayer`` has one scale for all, that of the first chunk, beyond which later states are
+    not numbers any more, and grows by ``cat``. Attention gets states in the model's dtype, made anew for each pass.
+    """
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        both = (key_states, value_states)
+        buffers = tuple(self._room(states, states.shape[3], FP8) for states in both)
+        scales = tuple(self._room(states, 1, torch.float32) for states in both)
+        DynamicLayer.lazy_initialization(self, key_states, value_states)
+        self._buffers, self._scales = buffers, scales
+        self._show(0)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self._grown(key_states.shape[-2])
+        for states, codes, scales in zip((key_states, value_states), self._buffers, self._scales, strict=True):
+            scale = (states.abs().amax(-1, keepdim=True).float() / _FP8_MOST).clamp(min=_LEAST_SCALE)
+            scales[:, :, start:end] = scale
+            codes[:, :, start:end] = (states.float() / scale).to(FP8)
+        self._show(end)
+        keys, values = (
+            codes[:, :, :end].to(key_states.dtype).mul_(scales[:, :, :end])
+            for codes, scales in zip(self._buffers, self._scales, strict=True)
+        )
+        return keys, values
+
+    def copy_from(self, other: PreallocatedLayer, tokens: int) -> None:
+        assert isinstance(other, Fp8Layer)
+        if not self.is_initialized:
+            self.lazy_initialization(*(buffer[:, :, :0].to(other.dtype) for buffer in other._buffers))
+        for ours, theirs in ((self._buffers, other._buffers), (self._scales, other._scales)):
+            for mine, their in zip(ours, theirs, strict=True):
+                mine[:, :, :tokens] = their[:, :, :tokens]
+        self._show(tokens)
+
+    def _room(self, states: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return states.new_empty((*states.shape[:2], self.capacity, width), dtype=dtype)
+
+
+LAYERS: dict[str, type[PreallocatedLayer]] = {"dynamic": PreallocatedLayer, "fp8": Fp8Layer}
+"""What full-attention layers are under each ``--kv-cache``."""
+
+
+def new_kv_cache(config: PretrainedConfig, capacity: int, kind: str = "dynamic") -> DynamicCache:
+    """An empty cache for ``capacity`` tokens of one sequence, of a ``kind`` of :data:`LAYERS`."""
     cache = DynamicCache(config=config)
-    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [LAYERS[kind](capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 class KVState:
     """The KV cache of one conversation, and the tokens that are in it."""
 
-    def __init__(self, config: PretrainedConfig, capacity: int, *, whole_prompts: bool = False) -> None:
+    def __init__(
+        self, config: PretrainedConfig, capacity: int, *, kind: str = "dynamic", whole_prompts: bool = False
+    ) -> None:
         """``whole_prompts``: the family cannot go on from a filled cache with several tokens at once."""
         self._config = config
         self._capacity = capacity
+        self._kind = kind
         self._whole_prompts = whole_prompts
         self.reset()
 
     def reset(self) -> None:
         self.tokens: list[int] = []
-        self.cache = new_kv_cache(self._config, self._capacity)
+        self.cache = new_kv_cache(self._config, self._capacity, self._kind)
 
     def keep_prefix(self, prompt: list[int]) -> int:
         """Keep what the cache has in common with ``prompt``, drop the rest; returns the number of tokens kept.
@@ -125,7 +192,7 @@ _FEW_TOKENS = 64
 
 
 @torch.inference_mode()
-def kv_row_memory(model: PreTrainedModel, tokens: int) -> RowMemory:
+def kv_row_memory(model: PreTrainedModel, tokens: int, kind: str = "dynamic") -> RowMemory:
     """What the KV cache of one sequence of up to ``tokens`` tokens takes, by running ``model``, which is on the meta
     device, for its shapes. Layers that do not grow with every token count as they are at ``tokens``.
 
@@ -140,20 +207,33 @@ def kv_row_memory(model: PreTrainedModel, tokens: int) -> RowMemory:
         model(
             input_ids=torch.zeros((1, tokens), dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True
         )
-        growing = sum(_tensor_bytes(layer.__dict__.values()) for layer in cache.layers if type(layer) is DynamicLayer)
+        grown = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized]
+        growing = sum(_tensor_bytes(layer.__dict__.values()) for layer in grown)
         fixed = sum(_tensor_bytes(layer.__dict__.values()) for layer in cache.layers if type(layer) is not DynamicLayer)
     except Exception:  # data-dependent code has many ways to fail on the meta device
         growing = fixed = 0
+    if (growing or fixed) and kind == "fp8":
+        unpacked = max((_tensor_bytes(layer.__dict__.values()) for layer in grown), default=0)
+        packed = sum(_packed_bytes(states) for layer in grown for states in (layer.keys, layer.values))
+        return RowMemory(fixed, -(-packed // tokens), -(-unpacked // tokens))
     if growing or fixed:
         return RowMemory(fixed, -(-growing // tokens))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return RowMemory(0, 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+    one = 2 * heads * width * model.dtype.itemsize
+    if kind == "fp8":
+        return RowMemory(0, config.num_hidden_layers * 2 * heads * (width + 4), one)
+    return RowMemory(0, config.num_hidden_layers * one)
 
 
 def kv_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of the KV cache at ``tokens`` tokens; see :func:`kv_row_memory`."""
     return kv_row_memory(model, tokens).bytes(tokens)
+
+
+def _packed_bytes(states: torch.Tensor) -> int:
+    """As :class:`Fp8Layer` keeps them."""
+    return states.numel() + 4 * states.shape[:3].numel()
 
 
 def _tensor_bytes(values: Any) -> int:

@@ -77,12 +77,12 @@ class RowAttention:
                 module.__dict__.pop(_HOOK, None)
             self._model.set_attn_implementation(self.stock)
 
-    def run(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """One forward pass. Returns the logits of the last token of each segment, [segments, V].
+    def run(self, segments: Sequence[Segment], device: torch.device | str = "cpu") -> torch.Tensor:
+        """One forward pass on the model's ``device``. Returns the logits of the last token of each segment,
+        [segments, V].
 
         After an error the rows' caches may hold a part of their tokens.
         """
-        device = self._model.device
         positions = torch.cat([torch.arange(part.start, part.start + len(part.tokens)) for part in segments])
         ends = torch.tensor([len(part.tokens) for part in segments]).cumsum(0) - 1
         output = self._model(
@@ -129,7 +129,9 @@ def can_pack(model: PreTrainedModel, cache: DynamicCache) -> bool:
     Every layer must keep keys and values and nothing else, leave attention to transformers' interface, and be of a
     family that was checked: indexers, compressed keys and chunked attention do not show from outside.
     """
-    plain = all(type(layer) in (PreallocatedLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    plain = all(
+        isinstance(layer, PreallocatedLayer) or type(layer) is DynamicSlidingWindowLayer for layer in cache.layers
+    )
     indexed = any(getattr(module, "indexer", None) is not None for module in model.modules())
     return plain and not indexed and rows_may_share(model.config.model_type)
 

@@ -13,14 +13,17 @@ from offload.model.kv_cache import PreallocatedLayer, new_kv_cache
 class RowCaches:
     """Hands out caches, each for the tokens that its row may have at most, and counts what they take."""
 
-    def __init__(self, config: PretrainedConfig, memory: RowMemory, pool_bytes: int, context: int) -> None:
-        """``context``: no row has more tokens. The pool must hold one such row."""
+    def __init__(
+        self, config: PretrainedConfig, memory: RowMemory, pool_bytes: int, context: int, kind: str = "dynamic"
+    ) -> None:
+        """``context``: no row has more tokens. The pool must hold one such row. ``kind``: of KV cache."""
         self._config = config
         self._memory = memory
         self._pool = pool_bytes
         self._context = context
+        self._kind = kind
         self._held: dict[int, int] = {}  # id of a cache -> its bytes
-        self.can_copy = all(type(layer) is PreallocatedLayer for layer in new_kv_cache(config, KEY_BLOCK).layers)
+        self.can_copy = all(isinstance(layer, PreallocatedLayer) for layer in new_kv_cache(config, KEY_BLOCK).layers)
         """Whether the beginning of one row can be given to another: a sliding window has forgotten it."""
 
     def room(self, without: DynamicCache | None = None) -> int:
@@ -32,7 +35,7 @@ class RowCaches:
 
     def new(self, tokens: int) -> DynamicCache:
         """An empty cache for a row of at most ``tokens``, which there must be room for."""
-        cache = new_kv_cache(self._config, self._capacity(tokens))
+        cache = new_kv_cache(self._config, self._capacity(tokens), self._kind)
         self._held[id(cache)] = self._bytes(tokens)
         return cache
 
@@ -49,7 +52,7 @@ class RowCaches:
         """Give the empty ``target`` the first ``tokens`` of ``source``."""
         for ours, theirs in zip(target.layers, source.layers, strict=True):
             if theirs.is_initialized:  # layers that use another one's keys have none of their own
-                ours.update(theirs.keys[:, :, :tokens], theirs.values[:, :, :tokens])
+                ours.copy_from(theirs, tokens)
 
     def rewind(self, cache: DynamicCache, tokens: int) -> int:
         """Forget all but the first ``tokens`` after a pass that failed; returns how many are left, maybe none."""
@@ -61,7 +64,7 @@ class RowCaches:
             capacity = max(
                 (layer.capacity for layer in cache.layers if isinstance(layer, PreallocatedLayer)), default=0
             )
-            cache.layers = new_kv_cache(self._config, capacity).layers
+            cache.layers = new_kv_cache(self._config, capacity, self._kind).layers
             return 0
         return tokens
 

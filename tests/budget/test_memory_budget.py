@@ -44,7 +44,7 @@ def run_command(*arguments: str, env: dict[str, str]) -> str:
     return done.stdout
 
 
-def make_checkpoint(folder: Path, layers: int) -> None:
+def make_checkpoint(folder: Path, layers: int, context: int = 2048) -> None:
     """A random OLMoE of ``layers`` layers with 64 experts of 1.5 MiB (hidden size 512), 96 MiB a layer."""
     import torch
     from transformers import AutoModelForCausalLM, OlmoeConfig
@@ -53,7 +53,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
 
     config = OlmoeConfig(
         hidden_size=512, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8,
-        num_experts=64, num_experts_per_tok=8, vocab_size=VOCAB_SIZE, max_position_embeddings=2048, dtype="bfloat16",
+        num_experts=64, num_experts_per_tok=8, vocab_size=VOCAB_SIZE, max_position_embeddings=context, dtype="bfloat16",
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -74,6 +74,37 @@ def test_packing_stays_small(tmp_path: Path) -> None:
     env = {"RUN_LOCAL_CACHE": str(tmp_path / "cache")}
     run = run_in_group([*COMMAND, "pack", "--model", str(tmp_path / "model")], 450 * MIB, env)
     assert (run.code, run.killed) == (0, 0), run.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", ["512", "auto"])
+def test_a_prompt_of_sixteen_thousand_tokens(tmp_path: Path, chunk: str) -> None:
+    """It needs the budget of a short one and its KV cache, nothing more."""
+    make_checkpoint(tmp_path / "model", layers=2, context=16384)
+    env = {"RUN_LOCAL_CACHE": str(tmp_path / "cache")}
+    model = ["--model", str(tmp_path / "model")]
+    run_command("pack", *model, env=env)
+    ram = ["--ram", "640MiB", "--ctx", "16384", "--prefill-chunk", chunk]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 1, "prompt": "z9" * 7900}) + "\n")
+    batch = [
+        "batch",
+        str(tmp_path / "in.jsonl"),
+        "-o",
+        "-",
+        *model,
+        *ram,
+        "--max-new-tokens",
+        "8",
+        "--temperature",
+        "0",
+    ]
+    run = run_in_group([*COMMAND, *batch], 640 * MIB, env)
+    assert (run.code, run.killed) == (0, 0), run.stderr[-2000:]
+    row = json.loads(run.stdout)
+    assert row["error"] is None and row["prompt_tokens"] > 15_000
+    plan = json.loads(run_command("plan", "--json", *model, *ram, env=env))
+    assert 0 < plan["residency"] < 1
+    assert run.peak_anonymous <= plan["anonymous_bytes"] + 48 * MIB
 
 
 @pytest.mark.demo

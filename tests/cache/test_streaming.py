@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cache.expert_cache import ExpertCache
 from cache.keys import ExpertKey
 from cache.policies import make_policy
+from cache.shares import passing_slots
 
 LAYERS, EXPERTS = 8, 32
 POLICIES = ("lru", "lfu", "ewma")
@@ -102,6 +103,35 @@ def test_the_last_tokens_decide_what_stays() -> None:
     # what they used has a score, and a decode event that wants a slot takes it from elsewhere
     serve(cache, 0, [30, 31])
     assert {ExpertKey(0, expert) for expert in (20, 21, 22, 23)} <= cache.resident()
+
+
+@pytest.mark.parametrize("residency", [0.4, 0.85])
+@pytest.mark.parametrize("rows", [6, 100])
+def test_a_pass_reads_hardly_more_than_it_must(residency: float, rows: int) -> None:
+    """Of what it needs and did not find when it began: 16 layers of 64 experts, each token takes 8 of them."""
+    layers, experts, chance = 16, 64, random.Random(5)
+    slots = round(layers * experts * residency)
+    cache = ExpertCache(slots, make_policy("foresight"), fill=-(-slots // layers), records=layers * experts)
+    liked = [[chance.lognormvariate(0, 0.7) for _ in range(experts)] for _ in range(layers)]
+    read = needed = 0
+    for number in range(8):
+        held = cache.resident()
+        for layer in range(layers):
+            tokens = [list(dict.fromkeys(chance.choices(range(experts), liked[layer], k=9)))[:8] for _ in range(rows)]
+            event = list(dict.fromkeys(expert for token in tokens for expert in token))
+            recent = tokens[-8:] if rows > 16 else [event]  # a prompt, or rows that decode
+            loads = serve(cache, layer, event, recent)[1]
+            if number > 2:  # all slots are filled
+                read += loads
+                needed += sum(key not in held for key in cache.keys(layer, event))
+    assert needed > 100
+    assert needed <= read <= 1.05 * needed
+
+
+def test_slots_at_the_cold_end() -> None:
+    assert [passing_slots(slots) for slots in (1, 7, 16, 40, 1000)] == [1, 1, 2, 5, 8]
+    assert [passing_slots(100, records) for records in (100, 150, 175, 225, 1000)] == [2, 2, 3, 5, 8]
+    assert passing_slots(9, 12) == 1
 
 
 def test_what_passes_through_goes_first_and_stays_when_it_is_used() -> None:

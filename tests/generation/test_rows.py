@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import ContextError, ExpertFileError, UsageError
-from offload.events import RowDone, RowsPass
+from offload.events import RowDone, RowsPass, RunStats
 from offload.protocol import PreparedRow
 from tests.engines import finish, open_tiny
 from tests.tiny_models import build_tiny
@@ -74,7 +75,7 @@ def answer_rows(
         ("olmoe", {}),
         ("gpt_oss", {}),  # eager attention with sinks, sliding windows
         ("deepseek_v3", {}),  # keys made from cached latent states
-        ("qwen3_moe", {"format": "int4", "dense_format": "int8"}),
+        ("qwen3_moe", {"format": "int4", "dense_format": "int8", "kv_cache": "fp8"}),
         ("grok-1", {}),  # eager attention of our own, scores squeezed
     ],
 )
@@ -119,6 +120,39 @@ def test_an_expert_is_read_once_for_all_rows_of_a_pass(checkpoints: Callable[[st
         assert counters.decode.accesses == layers * 5 * 2
 
 
+def test_prompts_and_rows_read_what_they_need_and_hardly_more(tmp_path: Path, packs: Path) -> None:
+    sizes = {
+        "num_hidden_layers": 8,
+        "num_experts": 64,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 8,
+        "intermediate_size": 16,
+    }
+    checkpoint = build_tiny("olmoe", tmp_path / "checkpoint", sizes=sizes)
+    with open_tiny(checkpoint, packs, residency=0.5, batch_rows=8, prefill_chunk=96) as engine:
+        long = SamplingSettings(temperature=1, seed=1, max_new_tokens=24, ignore_eos=True)
+        laps: list[RunStats] = []
+        passes = 0
+
+        def on_pass(event: RowsPass) -> None:
+            nonlocal passes
+            passes += 1
+            if passes == 1 + 8 * 40 // 96:
+                laps.append(engine.lap())
+
+        rows = [replace(engine.prepare("x", long), ids=tuple(range(10 + n, 50 + n))) for n in range(8)]
+        for repeat in range(2):
+            passes = 0
+            answer_rows(engine, rows, on_pass)
+            laps.append(engine.lap())
+            assert passes > 24 + repeat
+    for prompts, decoded in (laps[:2], laps[2:]):
+        assert prompts.prefill_passes == 4 and decoded.decode_passes > 20
+    for lap in laps[1:]:  # the first fills the slots
+        assert lap.bytes.needed is not None and lap.bytes.needed > 0
+        assert lap.bytes.needed <= lap.bytes.disk_read <= 1.05 * lap.bytes.needed
+
+
 def test_equal_rows_get_equal_answers(checkpoints: Callable[[str], Path], packs: Path) -> None:
     with open_tiny(checkpoints("olmoe"), packs, batch_rows=4) as engine:
         rows = [engine.prepare("all the same", SamplingSettings(temperature=0, max_new_tokens=12))] * 9
@@ -145,16 +179,17 @@ def test_a_row_longer_than_the_context_is_refused_and_a_long_one_ends_there(
         assert (end.reason, end.prompt_tokens + end.new_tokens) == ("length", 64)
 
 
-def test_a_shared_beginning_is_computed_once(checkpoints: Callable[[str], Path], packs: Path) -> None:
+@pytest.mark.parametrize("kv_cache", ["dynamic", "fp8"])
+def test_a_shared_beginning_is_computed_once(kv_cache: str, checkpoints: Callable[[str], Path], packs: Path) -> None:
     greedy = SamplingSettings(temperature=0, max_new_tokens=6)
     texts = [SYSTEM + f"Question {number}" for number in range(8)]
-    with open_tiny(checkpoints("olmoe"), packs) as engine:
+    with open_tiny(checkpoints("olmoe"), packs, kv_cache=kv_cache) as engine:
         engine.generate("x", greedy)
         alone = []
         for text in texts:
             engine.reset()
             alone.append(finish(engine.generate(text, greedy))[1].text)
-    with open_tiny(checkpoints("olmoe"), packs, batch_rows=3) as engine:
+    with open_tiny(checkpoints("olmoe"), packs, batch_rows=3, kv_cache=kv_cache) as engine:
         rows = [engine.prepare(text, greedy) for text in texts]
         common = len(engine.encode(SYSTEM + "Question"))
         ends = answer_rows(engine, rows)
@@ -216,6 +251,45 @@ def test_an_engine_for_one_row_says_so(checkpoints: Callable[[str], Path], packs
             engine.generate_rows(lambda room: None)
     with open_tiny(checkpoints("qwen3_next"), packs, batch_rows=8) as engine:
         assert engine.rows_at_once == 1
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss", "deepseek_v3"])
+def test_rows_share_passes_on_a_device_of_its_own_memory(
+    architecture: str, checkpoints: Callable[[str], Path], packs: Path
+) -> None:
+    rows = prompts(6)
+    with open_tiny(checkpoints(architecture), packs, residency=0.3) as engine:
+        alone = [finish(engine.generate(*row))[1].text for row in rows]
+    simulated = {"device": "simulated", "residency": 0.3, "batch_rows": 3, "prefill_chunk": 24}
+    with open_tiny(checkpoints(architecture), packs, **simulated) as engine:
+        passes: list[RowsPass] = []
+        ends = answer_rows(engine, [engine.prepare(*row) for row in rows], passes.append)
+        assert [ends[number].text for number in range(6)] == alone
+        assert max(event.running for event in passes) == 3
+        stats = engine.stats()
+        assert stats.virtual and 0 < stats.seconds.total < 1, "by the device's clock"
+        memory = stats.memory
+        assert memory.vram_peak_bytes is not None and memory.vram_budget_bytes is not None
+        assert memory.vram_peak_bytes <= memory.vram_budget_bytes
+
+
+def test_memory_that_a_device_refuses_rows_costs_slots_and_no_answer(
+    checkpoints: Callable[[str], Path], packs: Path
+) -> None:
+    rows = prompts(5)
+    with open_tiny(checkpoints("gpt_oss"), packs, device="simulated", residency=0.5, batch_rows=3) as engine:
+        expected = answer_rows(engine, [engine.prepare(*row) for row in rows])
+        before, vram = engine.plan.slots, engine._device.vram  # type: ignore[attr-defined]
+
+        def on_pass(event: RowsPass) -> None:
+            if engine.plan.slots == before:
+                vram.budget = vram.used + 1000  # somebody else took the rest
+
+        ends = answer_rows(engine, [engine.prepare(*row) for row in rows], on_pass)
+        assert engine.plan.slots < before
+        assert {number: (end.text, end.error) for number, end in ends.items()} == {
+            number: (end.text, None) for number, end in expected.items()
+        }
 
 
 def test_memory_bounds_the_rows_in_flight(checkpoints: Callable[[str], Path], packs: Path) -> None:

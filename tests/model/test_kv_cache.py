@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from offload.checkpoint.source import open_source
-from offload.model.kv_cache import KVState, PreallocatedLayer, kv_cache_bytes, new_kv_cache
+from offload.model.kv_cache import Fp8Layer, KVState, PreallocatedLayer, kv_cache_bytes, kv_row_memory, new_kv_cache
 from tests.tiny_models import TINY_ARCHITECTURES, build_tiny, load_reference
 
 IDS = list(range(20, 60))
@@ -32,6 +32,55 @@ def test_a_preallocated_layer_holds_what_a_dynamic_one_holds() -> None:
     assert ours.keys.untyped_storage().data_ptr() == buffer, "it never grows"
     with pytest.raises(ValueError, match="17 tokens do not fit"):
         ours.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 8))
+
+
+def test_eight_bits_keep_states_of_any_size() -> None:
+    """Later states may be a thousand times the first, and one head's need not suit another's."""
+    ours = Fp8Layer(16)
+    chance = torch.Generator().manual_seed(1)
+    states = torch.randn(1, 2, 9, 8, generator=chance, dtype=torch.bfloat16)
+    states[:, :, 5:] *= 1000
+    states[:, 1] *= 0.001
+    states[:, :, 3] = 0
+    ours.update(states[:, :, :5], -states[:, :, :5])
+    keys, values = ours.update(states[:, :, 5:], -states[:, :, 5:])
+    assert keys.dtype == torch.bfloat16 and torch.equal(keys, -values)
+    error = (keys.float() - states.float()).abs()
+    assert (error <= states.float().abs() * 2**-4 + states.float().abs().amax(-1, keepdim=True) * 2**-9).all()
+    assert ours.get_seq_length() == 9
+    ours.crop(-3)
+    assert torch.equal(ours.update(states[:, :, 6:], states[:, :, 6:])[0], keys)
+    copied = Fp8Layer(12)
+    copied.copy_from(ours, 6)
+    assert torch.equal(copied.update(states[:, :, 6:], states[:, :, 6:])[0], keys)
+    with pytest.raises(ValueError, match="do not fit"):
+        ours.update(torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_eight_bits_are_counted_as_what_they_take(architecture: str, tmp_path: Path) -> None:
+    folder = build_tiny(architecture, tmp_path, dtype=torch.bfloat16, tokenizer=False)
+    memory = kv_row_memory(open_source(folder).model, 96, "fp8")
+    state = KVState(load_reference(folder).config, 96, kind="fp8")
+    run(load_reference(folder), state, IDS)
+    full = [layer for layer in state.cache.layers if isinstance(layer, Fp8Layer)]
+    assert full
+    held = sum(part.nbytes for layer in full for part in (*layer._buffers, *layer._scales))
+    assert memory.per_token * 96 == pytest.approx(held, rel=0.02)
+    plain = kv_row_memory(open_source(folder).model, 96)
+    assert memory.per_token < plain.per_token and memory.fixed == plain.fixed
+    assert 0 < memory.unpacked <= plain.per_token and plain.unpacked == 0
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_a_changed_conversation_in_eight_bits(architecture: str, tmp_path: Path) -> None:
+    model = load_reference(build_tiny(architecture, tmp_path))
+    state = KVState(model.config, 128, kind="fp8")
+    for prompt in (IDS[:30], IDS[:12] + [7] * 9, IDS[:12] + [7] * 9 + [8, 9, 10]):
+        kept = state.keep_prefix(prompt)
+        logits = run(model, state, prompt[kept:])
+        exact = run(model, KVState(model.config, 128), prompt)
+        assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max(), "changed, and little"
 
 
 def run(model: object, state: KVState, tokens: list[int]) -> torch.Tensor:
