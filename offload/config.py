@@ -30,6 +30,7 @@ DENSE_FORMATS = ("native", "int8", "int4")
 KERNELS = ("auto", "torch")
 PREFETCHES = ("off", "next-gate", "layer-markov", "previous-token", "popularity")
 SCOPES = ("layer", "global")
+MISSES = ("auto", "fetch", "cpu")
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -151,6 +152,7 @@ class EngineSettings:
     policy: str = DEFAULT_POLICY
     scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
+    miss: str = "auto"
     experts_dir: Path | None = None
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
     batch_rows: int | None = 1
@@ -176,6 +178,7 @@ class EngineSettings:
             ("--kernels", self.kernels, KERNELS),
             ("--scope", self.scope, SCOPES),
             ("--prefetch", self.prefetch, PREFETCHES),
+            ("--miss", self.miss, MISSES),
             ("--tiers", self.tiers, TIERS),
         ):
             _check(value in known, f"{flag}: '{value}' is not one of {', '.join(known)}")

@@ -21,7 +21,8 @@ class ModelSizes:
     """Sizes of one model at one context, in bytes. ``activation_bytes`` is the peak inside one forward pass.
 
     ``kv_bytes`` is for one conversation, or for the ``rows`` of a batch that are in flight together, whatever they are:
-    at least one that fills the context.
+    at least one that fills the context. ``host_compute_bytes`` is the RAM that computing experts takes beside a device
+    with memory of its own.
     """
 
     skeleton_bytes: int
@@ -32,6 +33,7 @@ class ModelSizes:
     context_tokens: int
     rows: int = 1
     row_memory: RowMemory = _NO_MEMORY
+    host_compute_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
