@@ -13,6 +13,12 @@ from cache.policies.ewma import EWMA
 HALF_LIFE = 16.0
 """Events of a layer after which a use counts half, where it is asked whether a copy will be repaid."""
 
+SHARED = 0.25
+"""Part of the time in which the CPU computes with experts: then a copy is in its way. It is a fifth to a third where a
+quarter or an eighth of Qwen3-30B-A3B's experts have slots (docs/devices.md)."""
+MOST_ADMITTED = 4
+"""Copies under way of records that the CPU computed with: about what the link can do before it is wanted again."""
+
 
 @dataclass(frozen=True, slots=True)
 class MissRates:
@@ -131,9 +137,11 @@ class MissPlanner:
     def repays(self, work: ExpertWork, key: ExpertKey, victim: ExpertKey) -> bool:
         """Whether to copy ``key``, which the CPU has just computed with, in place of ``victim``.
 
-        The copy reads the record from RAM once, which keeps the CPU from it as long as computing does. What it brings
-        is the time between CPU and device, for each use by which ``key`` is expected to surpass ``victim``: both are
-        taken to be used as much as they were of late (a count that halves every :data:`HALF_LIFE` events of the layer).
+        The link has nothing else to do, but the copy reads the record from RAM once, which keeps the CPU from it as
+        long as computing does, for the :data:`SHARED` part of it. What it brings is the time between CPU and device,
+        for each use by which ``key`` is expected to surpass ``victim``: both are taken to be used as much as they were
+        of late (a count that halves every :data:`HALF_LIFE` events of the layer).
         """
         more = self._recent.uses(key) - self._recent.uses(victim)
-        return more * (self.host_s(work) - self.device_s(work)) >= work.record_bytes / self.rates.host_bytes_per_s
+        price = SHARED * work.record_bytes / self.rates.host_bytes_per_s
+        return more * (self.host_s(work) - self.device_s(work)) >= price

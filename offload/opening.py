@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from offload.compute.choose import decoders_for_cpu, expert_compute, products_fo
 from offload.compute.decoded import decode_bytes
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
-from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
+from offload.config import DEFAULT_CONTEXT_TOKENS, MISSES, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
 from offload.devices.on_paper import PaperDevice
@@ -67,15 +68,23 @@ class PlannedModel(NamedTuple):
 
     plan: AnyPlan
     expected: Estimate | None = None
+    by_miss: Mapping[str, float] = {}
+    """Tokens a second with each ``--miss``."""
 
     def summary(self) -> list[str]:
-        return self.plan.summary() + (self.expected.summary() if self.expected is not None else [])
+        lines = self.plan.summary() + (self.expected.summary() if self.expected is not None else [])
+        if self.by_miss:
+            lines.append(
+                "--miss: " + ", ".join(f"{name} {rate:.1f}" for name, rate in self.by_miss.items()) + " tokens/s"
+            )
+        return lines
 
     def rows(self) -> list[tuple[str, int, str]]:
         return self.plan.rows()
 
     def to_json(self) -> dict[str, Any]:
-        return self.plan.to_json() | ({"expected": self.expected.to_json()} if self.expected is not None else {})
+        expected = {} if self.expected is None else {"expected": self.expected.to_json()}
+        return self.plan.to_json() | expected | ({"tokens_per_s_by_miss": dict(self.by_miss)} if self.by_miss else {})
 
 
 def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:
@@ -94,10 +103,11 @@ def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None =
     with contextlib.closing(device):
         available = None if machine is None else machine.ram_bytes
         plan = _plan(settings, resolved, source, device, available)
-    expected = None
-    if machine is not None and isinstance(plan, TierPlan):
-        expected = estimate(plan, Work(len(source.experts), _top_k(source.config.get_text_config())), machine)
-    return PlannedModel(plan, expected)
+    if machine is None or not isinstance(plan, TierPlan):
+        return PlannedModel(plan)
+    work = Work(len(source.experts), _top_k(source.config.get_text_config()))
+    found = {miss: estimate(plan, work, machine, miss) for miss in MISSES}
+    return PlannedModel(plan, found[settings.miss], {miss: one.tokens_per_s for miss, one in found.items()})
 
 
 def _machine(name: str | None) -> Machine | None:

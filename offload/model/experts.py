@@ -13,6 +13,7 @@ import torch
 from cache.events import by_rank
 from cache.expert_cache import ExpertCache, Lookup, SlotState
 from cache.keys import ExpertKey
+from cache.misses import MOST_ADMITTED
 from cache.trace import DECODE, PREFILL, TraceRecorder
 from cache.usage import ExpertUsage
 from offload.checkpoint.expert_file import ExpertFile
@@ -63,8 +64,6 @@ class TransferCounters:
     not_moved_bytes: int = 0
 
 
-_MOST_ADMITTED = 4
-"""Copies under way of records that the CPU computed with: about what the link can do before it is wanted again."""
 _WAVE = 4
 """Hits that are computed together while records wait for their slots: few, so that reads start early."""
 
@@ -233,7 +232,7 @@ class ExpertRuntime:
         if recent is not None:
             used = {expert for group in recent for expert in group}
             keys = [key for key in keys if key.expert in used]
-        best = self.host_experts.planner.hottest_first(keys)[: max(0, _MOST_ADMITTED - len(self._ahead))]
+        best = self.host_experts.planner.hottest_first(keys)[: max(0, MOST_ADMITTED - len(self._ahead))]
         for key, slot, victim in self.cache.reserve_ahead(best, self.host_experts.repays):
             self._unused.discard(victim)  # type: ignore[arg-type]
             self._ahead[key] = self.loads.load(key, slot, victim=victim, prefetch=True)
