@@ -88,7 +88,7 @@ def crossover(kernels: Kernels | None, on_progress: OnProgress) -> dict[int, int
         return stored.few_tokens
     few = _measure_crossover(kernels, on_progress)
     with contextlib.suppress(RunLocalError):  # a cache folder that cannot be written costs the time again, no more
-        save(Calibration(machine_key(), few))
+        save(replace(stored or Calibration(machine_key(), {}), few_tokens=few))
     return few
 
 

@@ -187,7 +187,7 @@ class ExpertRuntime:
             self.cache.end_event()
             self.transfers.events += 1
         output = event.result()
-        self.transfers.compute_calls += event.calls
+        self.transfers.compute_calls += event.calls + (on_cpu.calls if on_cpu is not None else 0)
         return output
 
     def settle(self) -> None:

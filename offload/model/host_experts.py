@@ -83,6 +83,11 @@ class HostEvent:
             self.close()
             raise
 
+    @property
+    def calls(self) -> int:
+        """See :attr:`EventCompute.calls`."""
+        return 0 if self._event is None else self._event.calls
+
     def compute(self, into: EventCompute, keys: Sequence[ExpertKey]) -> None:
         """Compute ``keys`` and give their products to the device's event."""
         owner = self._owner
