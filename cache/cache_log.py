@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,18 @@ class LoggedCache(ExpertCache):
         self.log.append(("reserve", list(keys), limit, found))
         return found
 
-    def reserve_ahead(self, keys: Sequence[ExpertKey]) -> list[Reservation]:
-        found = super().reserve_ahead(keys)
-        self.log.append(("reserve_ahead", list(keys), found))
+    def reserve_ahead(
+        self, keys: Sequence[ExpertKey], repays: Callable[[ExpertKey, ExpertKey], bool] | None = None
+    ) -> list[Reservation]:
+        answers: list[bool] = []
+
+        def logged(key: ExpertKey, victim: ExpertKey) -> bool:
+            assert repays is not None
+            answers.append(repays(key, victim))
+            return answers[-1]
+
+        found = super().reserve_ahead(keys, None if repays is None else logged)
+        self.log.append(("reserve_ahead", list(keys), found, None if repays is None else answers))
         return found
 
     def commit(self, key: ExpertKey) -> None:
@@ -194,7 +203,9 @@ def _reserve(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def _reserve_ahead(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:
-    return _plain(_reservations(a[1])), _plain(cache.reserve_ahead(_keys(a[0])))
+    answers = None if a[2] is None else iter(a[2])
+    repays = None if answers is None else lambda key, victim: next(answers)
+    return _plain(_reservations(a[1])), _plain(cache.reserve_ahead(_keys(a[0]), repays))
 
 
 def _change(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:

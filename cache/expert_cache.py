@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 
 from cache.keys import ExpertKey
 from cache.outcomes import CacheCounters, Counters, Lookup, Reservation, SlotState
@@ -181,12 +182,14 @@ class ExpertCache:
         victims = self._choose_victims(wanted - free, layer) if free < wanted else []
         return self._take_slots(keys[: free + len(victims)], free, victims)
 
-    def reserve_ahead(self, keys: Sequence[ExpertKey]) -> list[Reservation]:
-        """Give slots to some of ``keys``, first ones first, for loads on a prediction: maybe none.
+    def reserve_ahead(
+        self, keys: Sequence[ExpertKey], repays: Callable[[ExpertKey, ExpertKey], bool] | None = None
+    ) -> list[Reservation]:
+        """Give slots to some of ``keys``, first ones first, for loads that no event waits for: maybe none.
 
         ``keys`` are of one layer; resident ones are passed over. At most a quarter of the slots (under the scope
         ``layer``: of the layer's share) is ever loading after this, so that demand finds slots; what goes is what the
-        policy calls cold, outside the open event and outside ``keys``.
+        policy calls cold, outside the open event and outside ``keys``, and, with ``repays(key, victim)``, only if so.
         """
         missing = [key for key in keys if key not in self._slot]
         if not missing:
@@ -196,12 +199,14 @@ class ExpertCache:
             room, scope = self.slots // 4 - len(self._loading), None
         else:
             room, scope = self._share[layer] // 4 - sum(key.layer == layer for key in self._loading), layer
-        wanted = missing[: max(0, room)]
+        wanted, victims = missing[: max(0, room)], []
         free = min(len(wanted), self._free_for(layer))
-        victims = []
         if free < len(wanted):
             blocked = {*self._event, *self._loading, *keys}
             victims = self.policy.cold(len(wanted) - free, blocked, scope)
+            if repays is not None:
+                pairs = takewhile(lambda pair: repays(*pair), zip(wanted[free:], victims, strict=False))
+                victims = [victim for _, victim in pairs]
         return self._take_slots(wanted[: free + len(victims)], free, victims)
 
     def commit(self, key: ExpertKey) -> None:

@@ -27,7 +27,8 @@ class Hardware:
     Without ``disk_bytes_per_s`` all experts are in RAM; without ``link_bytes_per_s`` the device computes from RAM. An
     expert's product for few tokens takes the time to read its record at ``expert_bytes_per_s``. ``dense_s`` is the time
     of everything but the experts for one token (attention, router, head), ``load_s`` the latency of one load, and
-    ``event_s`` the fixed cost of one event on the compute lane.
+    ``event_s`` the fixed cost of one event on the compute lane. ``host_bytes_per_s`` is the rate at which the CPU
+    computes with records in RAM; None if it does not.
     """
 
     name: str
@@ -37,9 +38,10 @@ class Hardware:
     dense_s: float = 0.0
     load_s: float = 0.0
     event_s: float = 0.0
+    host_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        for rate in ("disk_bytes_per_s", "link_bytes_per_s", "expert_bytes_per_s"):
+        for rate in ("disk_bytes_per_s", "link_bytes_per_s", "expert_bytes_per_s", "host_bytes_per_s"):
             value = getattr(self, rate)
             if value is None and rate != "expert_bytes_per_s":
                 continue
@@ -62,6 +64,7 @@ def _of_machine(name: str) -> Hardware:
         machine.expert_bytes_per_s,
         load_s=machine.load_s,
         event_s=machine.event_s,
+        host_bytes_per_s=machine.host_bytes_per_s,
     )
 
 

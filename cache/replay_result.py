@@ -16,7 +16,7 @@ class Part:
 
     ``prefetched`` records were asked for ahead, ``dropped`` ones of them given up before they were read. ``used`` are
     those that an event found ready or on their way, ``wasted`` those that were read and evicted, or left over, before
-    that.
+    that. ``on_cpu`` of the misses were computed where they lay, and ``admitted`` of these were copied all the same.
     """
 
     events: Counts
@@ -28,6 +28,8 @@ class Part:
     dropped: Counts
     used: Counts
     wasted: Counts
+    on_cpu: Counts
+    admitted: Counts
 
     @property
     def accesses(self) -> int:
@@ -48,8 +50,8 @@ class Part:
 
     @property
     def loads(self) -> int:
-        """Records that were read: every miss, and every prefetch that was not dropped."""
-        return int((self.misses + self.prefetched - self.dropped).sum())
+        """Records that were read: misses and prefetches, without those that were dropped or computed where they lay."""
+        return int((self.misses - self.on_cpu + self.admitted + self.prefetched - self.dropped).sum())
 
     def __add__(self, other: Part) -> Part:
         return Part(**{name: getattr(self, name) + getattr(other, name) for name in PART_COLUMNS})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from cache.events import Events, trace_events
 from cache.expert_cache import ExpertCache, Lookup, Reservation
 from cache.hardware import Hardware
 from cache.keys import ExpertKey
+from cache.misses import MOST_ADMITTED, ExpertWork, MissPlanner, MissRates
 from cache.policies import PolicyContext, is_simulation_only, make_policy
 from cache.predictors import PredictorContext, make_predictor
 from cache.replay_result import PART_COLUMNS, Part, Prediction, Seconds
@@ -30,7 +32,9 @@ class ReplaySettings:
     ``keep_learned`` only the cache is emptied, and what policy and predictor have learned goes on. ``predictor``
     names what foretells the next event of a decoded token (None: nothing is prefetched), and ``prefetch_limit`` the
     most experts that it may ask for (None: half of what a token takes). ``record_bytes`` gives the bytes, and with
-    ``hardware`` the seconds; without hardware a prefetch arrives before the next event.
+    ``hardware`` the seconds; without hardware a prefetch arrives before the next event. ``miss`` other than ``fetch``
+    lets the CPU compute misses of decoded tokens where they lie (:class:`cache.misses.MissPlanner`); it needs hardware
+    with a link, a CPU and no disk, all records being in RAM.
     """
 
     policy: str = "foresight"
@@ -43,12 +47,18 @@ class ReplaySettings:
     record_bytes: int | None = None
     hardware: Hardware | None = None
     keep_learned: bool = False
+    miss: str = "fetch"
 
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise ValueError("a replay needs at least one slot")
         if self.hardware is not None and self.record_bytes is None:
             raise ValueError("seconds need the size of a record")
+        rates = self.hardware
+        if self.miss != "fetch" and not (rates and rates.host_bytes_per_s and rates.link_bytes_per_s):
+            raise ValueError(f"miss {self.miss}: needs hardware with a link and a CPU that computes")
+        if self.miss != "fetch" and rates and rates.disk_bytes_per_s:
+            raise ValueError(f"miss {self.miss}: needs hardware without a disk: what the CPU computes lies in RAM")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +131,9 @@ class _Counts:
         return ReplayResult(settings, self.layers, part(self.cold), part(self.steady), decode, prefill, prediction)
 
 
-_EVENTS, _HITS, _PENDING, _MISSES, _EVICTIONS, _PREFETCHED, _DROPPED, _USED, _WASTED = range(len(PART_COLUMNS))
+(
+    _EVENTS, _HITS, _PENDING, _MISSES, _EVICTIONS, _PREFETCHED, _DROPPED, _USED, _WASTED, _ON_CPU, _ADMITTED,
+) = range(len(PART_COLUMNS))  # fmt: skip
 
 
 class _Replay:
@@ -151,6 +163,7 @@ class _Replay:
         self.timeline = None
         if settings.hardware is not None and settings.record_bytes is not None:
             self.timeline = Timeline(settings.hardware, settings.record_bytes, max(1, len(layers)))
+        self.planner, self.work = _planner(settings)
         self.unused: dict[ExpertKey, None] = {}  # prefetched, and no event has asked for them yet
         self.ahead: dict[ExpertKey, None] = {}  # of these, on their way
         self.guessed: tuple[int, list[int]] | None = None
@@ -200,22 +213,50 @@ class _Replay:
         evicted = cache.counters.evictions
         found = cache.lookup(layer, experts, decode=decode, recent=recent)
         arrival = self._sort_prefetches(row, layer, found)
-        if timeline and found.misses:
-            arrival = max(arrival, timeline.demand(len(found.misses)))
+        on_cpu: list[ExpertKey] = []
+        if self.planner is not None:
+            keys = self.cache.keys(layer, experts)
+            for group in [keys] if recent is None else [self.cache.keys(layer, group) for group in recent]:
+                self.planner.record_event(group)
+            if decode and tokens == 1:
+                on_cpu = self._on_cpu(found)
+        loads = found._replace(misses=[key for key in found.misses if key not in on_cpu])
+        if timeline and loads.misses:
+            arrival = max(arrival, timeline.demand(len(loads.misses)))
         if self.predictor is not None:
             self._check_guesses(layer, decode, experts)
             self.predictor.record_event(layer, experts, decode=decode)
-        self._load(found, ahead=(layer if decode else None))
+        self._load(loads, ahead=(layer if decode else None))
+        row[_ON_CPU] += len(on_cpu)
+        row[_ADMITTED] += self._admit(on_cpu)
         cache.end_event()
         if timeline:
-            timeline.compute(len(found.hits))
+            timeline.compute(len(found.hits), len(on_cpu))
             timeline.wait(arrival)
-            timeline.compute(len(found.pending) + len(found.misses))
+            timeline.compute(len(found.pending) + len(loads.misses))
             stall, disk, link, now = (after - before for after, before in zip(self._clocks(), began, strict=True))
             done = tokens if layer == self.counts.layers[-1] else 0
             self.counts.seconds[int(decode)] += now - stall, stall, disk, link, done
         row[_EVICTIONS] += cache.counters.evictions - evicted
         return found
+
+    def _on_cpu(self, found: Lookup) -> list[ExpertKey]:
+        assert self.planner is not None
+        tokens = dict.fromkeys((key.expert for part in found for key in part), 1)
+        return self.planner.on_cpu(found.misses, tokens, self.work, hits=found.hits, loading=len(found.pending))
+
+    def _admit(self, keys: Sequence[ExpertKey]) -> int:
+        """Ask for some of what the CPU computes with, as the runtime does; returns how many."""
+        if not keys:
+            return 0
+        assert self.planner is not None and self.timeline is not None
+        best = self.planner.hottest_first(keys)[: max(0, MOST_ADMITTED - len(self.ahead))]
+        loads = self.cache.reserve_ahead(best, partial(self.planner.repays, self.work))
+        self._count_waste(loads)
+        for load in loads:
+            self.ahead[load.key] = None
+            self.timeline.prefetch(load.key)
+        return len(loads)
 
     def _load(self, found: Lookup, ahead: int | None = None) -> None:
         """Load the misses of an event, in waves as the runtime does, and prefetch for the event after ``ahead``."""
@@ -280,7 +321,8 @@ class _Replay:
                 arrival = max(arrival, self.timeline.finish(key))
         for key in [key for key in self.ahead if key.layer == layer]:
             if self.timeline and self.timeline.drop(key):
-                del self.ahead[key], self.unused[key]
+                del self.ahead[key]
+                self.unused.pop(key, None)
                 self.cache.abandon(key)
                 row[_DROPPED] += 1
         for key in (*found.hits, *found.pending):
@@ -310,7 +352,7 @@ class _Replay:
         """Nobody will use those that are left: what has not begun is dropped, the rest was read for nothing."""
         for key in self.ahead:
             if self.timeline and self.timeline.drop(key):
-                del self.unused[key]
+                self.unused.pop(key, None)
                 self.cache.abandon(key)
                 self.counts.steady[key.layer][_DROPPED] += 1
             else:
@@ -325,6 +367,17 @@ class _Replay:
     def _clocks(self) -> tuple[float, float, float, float]:
         lanes = self.timeline
         return (lanes.stall, lanes.disk_busy, lanes.link_busy, lanes.now) if lanes else (0.0, 0.0, 0.0, 0.0)
+
+
+def _planner(settings: ReplaySettings) -> tuple[MissPlanner | None, ExpertWork]:
+    work = ExpertWork(settings.record_bytes or 0, 0.0)
+    rates = settings.hardware
+    if settings.miss == "fetch" or rates is None or not rates.link_bytes_per_s or not rates.host_bytes_per_s:
+        return None, work
+    unlimited = float("inf")  # one token's arithmetic never takes as long as reading the weights
+    link, device, host = rates.link_bytes_per_s, rates.expert_bytes_per_s, rates.host_bytes_per_s
+    miss_rates = MissRates(link, device, unlimited, host, unlimited, rates.load_s, rates.event_s)
+    return MissPlanner(miss_rates, settings.miss), work
 
 
 def _seconds(row: list[float]) -> Seconds:

@@ -17,11 +17,12 @@ class Timeline:
 
     def __init__(self, hardware: Hardware, record_bytes: int, layers: int) -> None:
         self.now = 0.0
-        self.stall = self.disk_busy = self.link_busy = 0.0
+        self.stall = self.disk_busy = self.link_busy = self.cpu_busy = 0.0
         self._disk_s = record_bytes / hardware.disk_bytes_per_s if hardware.disk_bytes_per_s else None
         self._link_s = record_bytes / hardware.link_bytes_per_s if hardware.link_bytes_per_s else None
         self._load_s = hardware.load_s
         self._expert_s = record_bytes / hardware.expert_bytes_per_s
+        self._host_s = record_bytes / hardware.host_bytes_per_s if hardware.host_bytes_per_s else 0.0
         self._event_s, self._dense_s = hardware.event_s, hardware.dense_s / layers
         self._disk_free = self._link_free = 0.0
         self._waiting: deque[tuple[ExpertKey, float]] = (
@@ -66,8 +67,14 @@ class Timeline:
         """When the last of ``loads`` records arrives that are asked for now."""
         return max((self._load(self.now) for _ in range(loads)), default=self.now)
 
-    def compute(self, experts: int) -> None:
-        self.now += experts * self._expert_s
+    def compute(self, experts: int, on_cpu: int = 0) -> None:
+        """``experts`` on the device, and ``on_cpu`` beside it where they lie, sharing the RAM's rate with copies."""
+        cpu = on_cpu * self._host_s
+        if on_cpu:
+            copying = min(cpu, max(0.0, self._link_free - self.now))
+            cpu += 2 * self._load_s + copying * self._host_s / (self._link_s or 1.0)
+        self.now += max(experts * self._expert_s, cpu)
+        self.cpu_busy += cpu
 
     def wait(self, until: float) -> None:
         if until > self.now:
@@ -80,7 +87,8 @@ class Timeline:
             self.disk_busy += self._disk_s
             at = self._disk_free + self._load_s
         if self._link_s is not None:
-            self._link_free = max(self._link_free, at) + self._link_s
-            self.link_busy += self._link_s
+            took = self._link_s + (self._load_s if self._disk_s is None else 0.0)
+            self._link_free = max(self._link_free, at) + took
+            self.link_busy += took
             at = self._link_free
         return at

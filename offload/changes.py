@@ -10,11 +10,13 @@ from cache.policies import PolicyError
 from offload.config import EngineSettings
 from offload.errors import UsageError
 from offload.events import LiveChanges
+from offload.host_side import NOTHING_TO_CHOOSE
 from offload.model.experts import ExpertRuntime
+from offload.model.host_experts import HostExperts
 from offload.model.prefetchers import Prefetcher
 from offload.model.transformers_api import ExpertsModule
 
-_CHANGEABLE = ("policy", "scope", "prefetch")
+_CHANGEABLE = ("policy", "scope", "prefetch", "miss")
 
 
 def apply_changes(
@@ -23,17 +25,21 @@ def apply_changes(
     runtime: ExpertRuntime,
     modules: Sequence[ExpertsModule],
     make_prefetcher: Callable[[str], Prefetcher | None],
+    make_host_experts: Callable[[str], HostExperts | None] | None,
 ) -> EngineSettings:
     """Apply ``changes`` to ``runtime``; returns the settings that hold from now on.
 
-    A new policy or scope begins with the resident records, the coldest first, and without a history. Raises UsageError
-    for what cannot be changed or does not exist; nothing is changed then.
+    A new policy or scope begins with the resident records, the coldest first, and without a history.
+    ``make_host_experts`` is None where misses have one way only. Raises UsageError for what cannot be changed or does
+    not exist; nothing is changed then.
     """
     wanted = {field.name: value for field in fields(changes) if (value := getattr(changes, field.name)) is not None}
     for name in wanted:
         if name not in _CHANGEABLE:
             raise UsageError(f"{name} cannot be changed while a model is loaded; give --{name} at the start")
     changed = replace(settings, **wanted)
+    if changes.miss is not None and make_host_experts is None:
+        raise UsageError(f"--miss {changes.miss}: {NOTHING_TO_CHOOSE}")
     if (changed.policy, changed.scope) != (settings.policy, settings.scope):
         layers = tuple(module.layer for module in modules)
         experts = max(module.num_experts for module in modules)
@@ -48,4 +54,6 @@ def apply_changes(
             raise UsageError(f"--policy: {error}") from error
     if changed.prefetch != settings.prefetch:
         runtime.predictor = make_prefetcher(changed.prefetch)
+    if changed.miss != settings.miss and make_host_experts is not None:
+        runtime.host_experts = make_host_experts(changed.miss)
     return changed

@@ -31,6 +31,7 @@ KERNELS = ("auto", "torch")
 KV_CACHES = ("dynamic", "fp8")
 PREFETCHES = ("off", "next-gate", "layer-markov", "previous-token", "popularity")
 SCOPES = ("layer", "global")
+MISSES = ("auto", "fetch", "cpu")
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -161,6 +162,7 @@ class EngineSettings:
     policy: str = DEFAULT_POLICY
     scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
+    miss: str = "auto"
     experts_dir: Path | None = None
     prefill_chunk: int | None = DEFAULT_PREFILL_CHUNK
     batch_rows: int | None = 1
@@ -187,6 +189,7 @@ class EngineSettings:
             ("--kv-cache", self.kv_cache, KV_CACHES),
             ("--scope", self.scope, SCOPES),
             ("--prefetch", self.prefetch, PREFETCHES),
+            ("--miss", self.miss, MISSES),
             ("--tiers", self.tiers, TIERS),
         ):
             _check(value in known, f"{flag}: '{value}' is not one of {', '.join(known)}")

@@ -30,6 +30,7 @@ from offload.generation.passes import Passes
 from offload.generation.row_passes import RowPasses
 from offload.generation.sampling import Sampler, stop_ids
 from offload.generation.scoring import score_chunk, score_pieces
+from offload.host_side import HostSide
 from offload.learning import check_earlier
 from offload.live import LiveMethods, LiveView, Recording, Watched, save_file
 from offload.memory.process import rss_bytes
@@ -39,6 +40,7 @@ from offload.memory.work import Work
 from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
+from offload.model.host_experts import HostExperts
 from offload.model.kv_cache import KVState
 from offload.model.prefetchers import Prefetcher, make_prefetcher
 from offload.model.prompt import PromptEncoder, checked_ids, fitting_ids
@@ -95,6 +97,7 @@ class Engine(LiveMethods):
         new_recorder: Callable[[], TraceRecorder],
         modules: list[ExpertsModule],
         settings: EngineSettings,
+        host_side: HostSide | None,
     ) -> None:
         self._model = model
         self._decoding = decoding
@@ -105,6 +108,7 @@ class Engine(LiveMethods):
         self._storage = storage
         self._device = storage.device
         self._file = file
+        self._host_side = host_side
         super().__init__(live, Recording(runtime, new_recorder))
         self._modules = modules
         self._settings = settings
@@ -254,12 +258,30 @@ class Engine(LiveMethods):
         def prefetcher(name: str) -> Prefetcher | None:
             return make_prefetcher(name, self._model, self._modules)
 
+        host_side = self._host_side
+
+        def host_experts(strategy: str) -> HostExperts | None:
+            assert host_side is not None
+            return host_side.experts(strategy, self._notice)
+
         plan = self._rooms.planned(changes)
         changes = dataclasses.replace(changes, residency=None, ram=None, vram=None)
-        self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher)
+        ways = None if host_side is None else host_experts
+        self._settings = apply_changes(changes, self._settings, self._runtime, self._modules, prefetcher, ways)
         self._rooms.follow(plan)
         now = self._settings
-        self._labels = dataclasses.replace(self._labels, policy=now.policy, scope=now.scope, prefetch=now.prefetch)
+        self._labels = dataclasses.replace(
+            self._labels,
+            policy=now.policy,
+            scope=now.scope,
+            prefetch=now.prefetch,
+            miss=None if host_side is None else now.miss,
+        )
+
+    def _notice(self, event: object) -> None:
+        """Keep what a change has to say for the next answer."""
+        if isinstance(event, Notice):
+            self._passes.notices.append(event)
 
     def rss_bytes(self) -> int:
         return rss_bytes()
@@ -270,6 +292,8 @@ class Engine(LiveMethods):
             return
         self._closed = True
         self._runtime.close()
+        if self._host_side is not None:
+            self._host_side.close()
         self._storage.close()
         self._file.close()
         cache, recorder = self._runtime.cache, self._runtime.recorder

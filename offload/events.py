@@ -60,6 +60,7 @@ class ExpertStats:
     """Counts of expert accesses: one for each distinct expert of each event (step and layer).
 
     ``compute_calls`` counts calls into kernels or libraries that computed experts, over ``events``.
+    ``computed_on_cpu`` of the misses were computed there beside a device with memory of its own; None without one.
     """
 
     accesses: int
@@ -78,7 +79,8 @@ class ExpertStats:
 @dataclass(frozen=True, slots=True)
 class ByteStats:
     """``needed`` are the bytes of the distinct records that forward passes took and that were not held when the pass
-    began: what had to be read. ``host_to_device`` and ``device_to_host`` are None where slots are host memory.
+    began: what had to be read. ``host_to_device``, ``device_to_host`` and ``not_moved`` (records that the CPU computed
+    with where they lay) are None where slots are host memory.
     """
 
     disk_read: int
@@ -86,6 +88,7 @@ class ByteStats:
     per_decode_token: float | None
     needed: int | None = None
     device_to_host: int | None = None
+    not_moved: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,8 @@ class RunStats:
     ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
     first token. ``shared_prompt_tokens`` of the ``prompt_tokens`` were copied from another row of a batch;
     ``decode_passes`` are the forward passes in which rows only decoded; ``prefill_passes`` ran ``prefilled_tokens``.
-    ``virtual``: seconds and rates are not this machine's but those that a simulated one would have.
+    ``miss`` is None where slots are host memory. ``virtual``: seconds and rates are not this machine's but those that a
+    simulated one would have.
     """
 
     model: str
@@ -140,6 +144,7 @@ class RunStats:
     policy: str
     scope: str = field(default="global", kw_only=True)
     prefetch: str
+    miss: str | None = field(default=None, kw_only=True)
     seed: int | None
     prompt_tokens: int
     new_tokens: int
@@ -252,12 +257,13 @@ class LiveChanges:
     """What can be changed while a model is loaded. None leaves a setting as it is.
 
     ``residency`` is a share of all experts, ``ram`` the process's budget in bytes, ``vram`` that of the device's own
-    memory.
+    memory, ``miss`` the way of experts that the device lacks.
     """
 
     policy: str | None = None
     scope: str | None = None
     prefetch: str | None = None
+    miss: str | None = None
     residency: float | None = None
     ram: int | None = None
     vram: int | None = None

@@ -13,7 +13,7 @@ from cache.expert_cache import SlotState
 from cache.policies import runtime_policies
 from cache.trace import TraceRecorder
 from cache.usage import ExpertUsage
-from offload.config import PREFETCHES, SCOPES, EngineSettings
+from offload.config import MISSES, PREFETCHES, SCOPES, EngineSettings
 from offload.errors import RunLocalError, UsageError
 from offload.events import CacheSnapshot, ExpertState, LiveChanges, RunStats, TierUse, TokenSample
 from offload.memory.process import rss_bytes
@@ -49,6 +49,11 @@ class LiveView:
         self.stall_link = 0.0  # seconds, as the engine's thread last knew them
         self._recent: deque[TokenSample] = deque(maxlen=RECENT_TOKENS)
         self._before = self._sums()
+
+    @property
+    def tiered(self) -> bool:
+        """Whether there is memory below the slots."""
+        return self._storage.loads.link is not None
 
     def start_token(self) -> None:
         """A decoding forward pass begins."""
@@ -164,7 +169,8 @@ class LiveMethods(ABC):
     @property
     def choices(self) -> Mapping[str, Sequence[str]]:
         """See :attr:`offload.protocol.LiveEngine.choices`."""
-        return {"policy": runtime_policies(), "scope": SCOPES, "prefetch": PREFETCHES}
+        names: dict[str, Sequence[str]] = {"policy": runtime_policies(), "scope": SCOPES, "prefetch": PREFETCHES}
+        return names | ({"miss": MISSES} if self._live.tiered else {})
 
     def start_trace(self) -> None:
         """See :meth:`offload.protocol.LiveEngine.start_trace`."""
@@ -181,6 +187,7 @@ def _current(settings: EngineSettings, plan: AnyPlan) -> LiveChanges:
         policy=settings.policy,
         scope=settings.scope,
         prefetch=settings.prefetch,
+        miss=settings.miss if isinstance(plan, TierPlan) else None,
         residency=plan.residency,
         ram=plan.budget,
         vram=plan.vram_budget if isinstance(plan, TierPlan) else None,

@@ -49,6 +49,8 @@ class Tally:
     prefetch_used: int = 0
     events: int = 0
     compute_calls: int = 0
+    computed_on_cpu: int = 0
+    not_moved_bytes: int = 0
     stall_link_seconds: float = 0.0
     to_device: int = 0
     to_host: int = 0
@@ -140,6 +142,8 @@ class Meter:
             "prefetch_used": transfers.prefetch_used,
             "events": transfers.events,
             "compute_calls": transfers.compute_calls,
+            "computed_on_cpu": transfers.computed_on_cpu,
+            "not_moved_bytes": transfers.not_moved_bytes,
         }
         if loads.link is not None and loads.host is not None:
             counts |= {
@@ -165,6 +169,7 @@ class RunLabels:
     prefetch: str
     start_s: float | None
     scope: str = DEFAULT_SCOPE
+    miss: str | None = None
 
 
 def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, seed: int | None) -> RunStats:
@@ -180,6 +185,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, se
         policy=labels.policy,
         scope=labels.scope,
         prefetch=labels.prefetch,
+        miss=labels.miss,
         seed=seed,
         prompt_tokens=tally.prompt_tokens,
         new_tokens=tally.new_tokens,
@@ -192,7 +198,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, se
             hits=tally.hits,
             pending=tally.pending,
             misses=tally.misses,
-            computed_on_cpu=None,  # on the CPU device nothing is computed elsewhere than usual
+            computed_on_cpu=tally.computed_on_cpu if linked else None,
             hit_rate=_ratio(tally.hits, accesses),
             decode_hit_rate=_ratio(tally.decode_hits, tally.decode_accesses),
             prefetched=tally.prefetched,
@@ -204,6 +210,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, se
             disk_read=tally.prefill_bytes + tally.decode_bytes,
             host_to_device=tally.to_device if linked else None,
             device_to_host=tally.to_host if linked else None,
+            not_moved=tally.not_moved_bytes if linked else None,
             per_decode_token=_ratio(tally.decode_bytes, tally.decode_steps),
             needed=tally.needed_bytes,
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,23 +25,21 @@ from offload.checkpoint.model_folder import side_folder
 from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
-from offload.compute.calibration import crossover
 from offload.compute.calibration import load as load_calibration
-from offload.compute.choose import expert_compute
+from offload.compute.choose import decoders_for_cpu, expert_compute, products_for_cpu
 from offload.compute.decoded import decode_bytes
-from offload.compute.kernels import load_kernels
-from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
-from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings, format_count
+from offload.config import DEFAULT_CONTEXT_TOKENS, MISSES, EngineSettings, format_count
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
 from offload.devices.on_paper import PaperDevice
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.events import Notice, Planned
+from offload.host_side import NOTHING_TO_CHOOSE, HostSide, modules_on_host
 from offload.learning import earlier_events
 from offload.live import LiveView
-from offload.memory.activations import activation_bytes, experts_per_token, row_bytes, staged_bytes
+from offload.memory.activations import activation_bytes, experts_per_token, host_compute_bytes, row_bytes, staged_bytes
 from offload.memory.chunk import CANDIDATES as CHUNKS
 from offload.memory.chunk import choose_chunk
 from offload.memory.estimate import Estimate, Work, estimate
@@ -79,6 +78,8 @@ class PlannedModel(NamedTuple):
     plan: AnyPlan
     weights: WeightCounts
     expected: Estimate | None = None
+    by_miss: Mapping[str, float] = {}
+    """Tokens a second with each ``--miss``."""
 
     def summary(self) -> list[str]:
         share = self.weights.experts / self.weights.total
@@ -86,14 +87,20 @@ class PlannedModel(NamedTuple):
             f"{format_count(self.weights.total)} weights, {share:.0%} of them in {self.plan.sizes.num_experts} experts"
         )
         first, *rest = self.plan.summary()
-        return [first, weights, *rest, *(self.expected.summary() if self.expected is not None else [])]
+        lines = [first, weights, *rest, *(self.expected.summary() if self.expected is not None else [])]
+        if self.by_miss:
+            lines.append(
+                "--miss: " + ", ".join(f"{name} {rate:.1f}" for name, rate in self.by_miss.items()) + " tokens/s"
+            )
+        return lines
 
     def rows(self) -> list[tuple[str, int, str]]:
         return self.plan.rows()
 
     def to_json(self) -> dict[str, Any]:
         found = self.plan.to_json() | {"weights": self.weights.total, "expert_weights": self.weights.experts}
-        return found | ({"expected": self.expected.to_json()} if self.expected is not None else {})
+        expected = {} if self.expected is None else {"expected": self.expected.to_json()}
+        return found | expected | ({"tokens_per_s_by_miss": dict(self.by_miss)} if self.by_miss else {})
 
 
 def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:
@@ -112,10 +119,12 @@ def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None =
     with contextlib.closing(device):
         available = None if machine is None else machine.ram_bytes
         plan = _plan(settings, resolved, source, device, available)
-    expected = None
-    if machine is not None and isinstance(plan, TierPlan):
-        expected = estimate(plan, Work(len(source.experts), _top_k(source.config.get_text_config())), machine)
-    return PlannedModel(plan, count_weights(source.model, source.experts), expected)
+    weights = count_weights(source.model, source.experts)
+    if machine is None or not isinstance(plan, TierPlan):
+        return PlannedModel(plan, weights)
+    work = Work(len(source.experts), _top_k(source.config.get_text_config()))
+    found = {miss: estimate(plan, work, machine, miss) for miss in MISSES}
+    return PlannedModel(plan, weights, found[settings.miss], {miss: one.tokens_per_s for miss, one in found.items()})
 
 
 def _machine(name: str | None) -> Machine | None:
@@ -157,7 +166,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         if not isinstance(plan, Plan):
             device.set_budget(plan.vram_budget - plan.vram.reserved)
         folder = ensure_pack(source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event)
-        products = _products(settings, device, on_event)
+        products = products_for_cpu(settings, on_event) if device.unified else Products(None, 0)
         file = undo.enter_context(ExpertFile(folder))
         if notice := file.fallback_notice():
             on_event(Notice(notice))
@@ -173,6 +182,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
             use_grouped_attention(model, products.kernels)
             if products.kernels is not None:
                 fuse_norms(model, products.kernels)
+        host_modules = None if device.unified else modules_on_host(modules)
         device.place(model)
         release_free_memory()
         storage = open_storage(device, plan, file, settings, on_event)
@@ -195,11 +205,17 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     recorder = new_recorder(settings.trace_out.parent) if settings.trace_out is not None else None
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
-    decoders = _decoders(settings, device, source, on_event)
+    decoders = decoders_for_cpu(settings, source, on_event) if device.unified else None
     compute = device.experts(expert_compute(weight_format, products, decoders))
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
     arena, loads = storage.arena, storage.loads
-    runtime = ExpertRuntime(cache, arena, loads, file, weight_format, compute, recorder, predictor, usage)
+    host_side = None
+    if host_modules is not None:
+        host_side = HostSide(settings, source, host_modules, storage, file)
+    elif settings.miss != "auto":
+        on_event(Notice(f"--miss {settings.miss}: {NOTHING_TO_CHOOSE}"))
+    host_experts = None if host_side is None else host_side.experts(settings.miss, on_event)
+    runtime = ExpertRuntime(cache, arena, loads, file, weight_format, compute, recorder, predictor, usage, host_experts)
     runtime.attach(modules)
     decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
@@ -220,8 +236,10 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
             settings.prefetch,
             None if device.virtual else seconds_since_process_start(),
             settings.scope,
+            None if host_side is None else settings.miss,
         ),
         "runtime": runtime,
+        "host_side": host_side,
         "storage": storage,
         "file": file,
         "live": LiveView(runtime, usage, storage),
@@ -260,29 +278,6 @@ def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource
     on_event(Notice(f"{name} is quantised ({source.method.name}): its experts {experts}, {rest}"))
 
 
-def _products(settings: EngineSettings, device: Device, on_event: OnEvent) -> Products:
-    """What multiplies quantised weights; compiles the CPU's kernels if this machine has none yet."""
-    if settings.kernels == "torch" or not _quantised(settings) or not device.unified:
-        return Products(None, 0)
-
-    def failed(why: str) -> None:
-        on_event(Notice(f"quantised weights are multiplied by torch alone, many times slower: {why}"))
-
-    kernels = load_kernels(failed)
-    return Products(kernels, crossover(kernels, on_event))
-
-
-def _decoders(settings: EngineSettings, device: Device, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
-    """What decodes packed weights; compiled for the CPU if this machine has none yet."""
-    if settings.kernels == "torch" or source.method is None or settings.format != "native" or not device.unified:
-        return None
-
-    def failed(why: str) -> None:
-        on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
-
-    return load_decoders(failed)
-
-
 def _quantised(settings: EngineSettings) -> bool:
     return (settings.format, settings.dense_format) != ("native", "native")
 
@@ -319,7 +314,15 @@ def _plan(
         held = max(sizes.row_memory.bytes(context), rows * sizes.row_memory.bytes(row_tokens))
         activations = _activations(settings, source, context, chunk, rows, held)
         activations += sizes.row_memory.unpacked * max(context, rows * row_tokens)
-        return replace(sizes, rows=rows, chunk_tokens=chunk, kv_bytes=held, activation_bytes=activations)
+        computing = 0 if device.unified else _host_computing(settings, source, context, chunk)
+        return replace(
+            sizes,
+            rows=rows,
+            chunk_tokens=chunk,
+            kv_bytes=held,
+            activation_bytes=activations,
+            host_compute_bytes=computing,
+        )
 
     def divided(with_rows: ModelSizes) -> AnyPlan:
         if device.unified:
@@ -399,6 +402,17 @@ def _activations(
     if source.method and get_format(settings.format).published:
         size += decode_bytes(_expert_shapes(source), itemsize)
     return size + (row_bytes(source.config, itemsize, context, rows, kv_bytes) if rows > 1 else 0)
+
+
+def _host_computing(settings: EngineSettings, source: CheckpointSource, context: int, chunk: int) -> int:
+    """RAM for misses that the CPU computes beside a device."""
+    itemsize = source.dtype.itemsize
+    size = host_compute_bytes(source.config, itemsize, context, chunk)
+    if settings.format != "native":
+        size += DECODE_BYTES
+    if source.method and get_format(settings.format).published:
+        size += decode_bytes(_expert_shapes(source), itemsize)
+    return size
 
 
 def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:

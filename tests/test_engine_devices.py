@@ -84,7 +84,7 @@ def staging_only(checkpoint: Path, packs: Path) -> int:
 def test_the_logits_are_those_of_the_cpu(
     tiers: str, prefetch: str, residency: float, checkpoint: Path, packs: Path, expected: list[torch.Tensor]
 ) -> None:
-    settings = {"tiers": tiers, "prefetch": prefetch, "residency": residency}
+    settings = {"tiers": tiers, "prefetch": prefetch, "residency": residency, "miss": "fetch"}
     with open_tiny(checkpoint, packs, device="simulated:rtx4090", **settings) as engine:
         for ours, theirs in zip(logits_of(engine), expected, strict=True):
             assert torch.equal(ours, theirs)
@@ -105,7 +105,7 @@ def test_quantised_weights(checkpoint: Path, tmp_path: Path) -> None:
     formats = {"format": "int4", "dense_format": "int8"}
     with open_tiny(checkpoint, tmp_path, kernels="torch", **formats) as engine:
         expected = logits_of(engine)
-    with open_tiny(checkpoint, tmp_path, device="simulated", residency=0.3, **formats) as engine:
+    with open_tiny(checkpoint, tmp_path, device="simulated", residency=0.3, miss="fetch", **formats) as engine:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits_of(engine), expected, strict=True))
 
 
@@ -115,7 +115,7 @@ def test_everything_in_ram_needs_no_disk_after_the_load(
     def no_reads(*args: object) -> int:
         raise ExpertFileError("read")
 
-    with open_tiny(checkpoint, packs, device="simulated", residency=0.1) as engine:
+    with open_tiny(checkpoint, packs, device="simulated", residency=0.1, miss="fetch") as engine:
         monkeypatch.setattr(ExpertFile, "read_into", no_reads)
         _, done = finish(engine.generate(PROMPT, VARIED))
         assert done.error is None

@@ -20,6 +20,7 @@ from offload.config import (
     FORMATS,
     KERNELS,
     KV_CACHES,
+    MISSES,
     PREFETCHES,
     SCOPES,
     TIERS,
@@ -164,6 +165,13 @@ RUN_FLAGS = (
     ),
     Flag("--scope", check_text, "SCOPE", f"who shares slots: {' or '.join(SCOPES)} (default: {DEFAULT_SCOPE})"),
     Flag("--prefetch", check_text, "NAME", f"reads ahead of the router: {', '.join(PREFETCHES)} (default: off)"),
+    Flag(
+        "--miss",
+        check_text,
+        "NAME",
+        "experts that the device lacks and RAM holds: copied there, computed on the CPU, or split by what they cost: "
+        f"{', '.join(MISSES)} (default: auto)",
+    ),
     Flag("--kernels", check_text, "NAME", f"products of quantised weights: {' or '.join(KERNELS)} (default: auto)"),
     Flag("--verify", switch, None, "check every checksum of the expert file before starting"),
     Flag("--stats-json", path, "FILE", "write the statistics of the session here at its end (overwrites)"),

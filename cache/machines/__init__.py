@@ -21,9 +21,9 @@ class MachineError(ValueError):
 class Machine:
     """Sizes in bytes, rates in bytes (or floating point operations) a second, latencies in seconds.
 
-    ``expert_bytes_per_s`` is the rate at which the device streams weights from its own memory, ``host_bytes_per_s`` the
-    CPU's. ``launch_s`` is what starting one operation costs the CPU, ``event_s`` what an event costs beside its bytes,
-    ``load_s`` what starting one copy costs.
+    ``expert_bytes_per_s`` and ``flops_per_s`` are the rates at which the device streams weights from its own memory and
+    multiplies, ``host_bytes_per_s`` and ``host_flops_per_s`` the CPU's. ``launch_s`` is what starting one operation
+    costs the CPU, ``event_s`` what an event costs beside its bytes, ``load_s`` what starting one copy costs.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Machine:
     link_bytes_per_s: float
     disk_bytes_per_s: float
     host_bytes_per_s: float
+    host_flops_per_s: float
     launch_s: float
     event_s: float
     load_s: float

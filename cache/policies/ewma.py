@@ -36,6 +36,11 @@ class EWMA(ScoredPolicy):
     def score(self, key: ExpertKey) -> float:
         return self._log2_score.get(key, -math.inf)
 
+    def uses(self, key: ExpertKey) -> float:
+        """The decayed count itself, as of the last event of the key's layer."""
+        score = self._log2_score.get(key)
+        return 0.0 if score is None else 2.0 ** (score - self._clock[key.layer] / self._half_life)
+
     def update_scores(self, keys: Sequence[ExpertKey]) -> None:
         for layer in {key[0] for key in keys}:
             self._clock[layer] += 1

@@ -29,6 +29,17 @@ class EventCompute(ABC):
         """Compute these experts over their tokens; their records are in slots, and stay there until this returns."""
 
     @abstractmethod
+    def products(self, expert: int) -> torch.Tensor:
+        """An expert's products of its tokens [rows, H], for an event of the same routing elsewhere to :meth:`accept`.
+
+        It must have been computed by this event, which was begun with routing weights of 1.
+        """
+
+    @abstractmethod
+    def accept(self, expert: int, products: torch.Tensor) -> None:
+        """Take an expert's ``products`` [rows, H], on this event's device, instead of computing them."""
+
+    @abstractmethod
     def result(self) -> torch.Tensor:
         """The sum of all experts' weighted products, [T, H]; every expert must have been computed."""
 

@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,36 @@ def crossover(kernels: Kernels | None, on_progress: OnProgress) -> dict[int, int
         return stored.few_tokens
     few = _measure_crossover(kernels, on_progress)
     with contextlib.suppress(RunLocalError):  # a cache folder that cannot be written costs the time again, no more
-        save(Calibration(machine_key(), few))
+        save(replace(stored or Calibration(machine_key(), {}), few_tokens=few))
     return few
+
+
+def cpu_rates(weight_format: str, kernels: Kernels | None, on_progress: OnProgress) -> tuple[float, float]:
+    """(bytes of experts' weights with one token, operations with many) a second of this CPU, as they are stored;
+    measures and stores what is missing.
+
+    The bytes are those of the kernel for the format's bits, or else the memory's.
+    """
+    bits = next(
+        (bits for bits in (4, 8) if weight_format.startswith(f"int{bits}")), 4 if weight_format == "mixed" else 0
+    )
+    name = f"int{bits}_bytes_per_s" if bits and kernels is not None else "memory_bytes_per_s"
+    known = load() or Calibration(machine_key(), {})
+    missing: dict[str, float] = {}
+    if getattr(known, name) is None:
+        on_progress(LoadProgress("measure", 0, 2, "steps"))
+        missing[name] = (
+            _memory_rate() if kernels is None or not bits else _kernel_rate(Products(kernels, 1 << 30), bits)
+        )
+    if known.flops_per_s is None:
+        on_progress(LoadProgress("measure", 1, 2, "steps"))
+        missing["flops_per_s"] = _flops()
+    if missing:
+        on_progress(LoadProgress("measure", 2, 2, "steps"))
+        known = replace(known, **missing)  # type: ignore[arg-type]
+        with contextlib.suppress(RunLocalError):
+            save(known)
+    return getattr(known, name), known.flops_per_s or 0.0
 
 
 def calibrate(folder: Path, on_progress: OnProgress) -> Calibration:

@@ -61,13 +61,20 @@ class _NativeEvent(EventCompute):
 
     def compute(self, ready: Sequence[ExpertKey]) -> None:
         for key in ready:
-            tokens, positions = self._rows[key.expert]
+            tokens, _ = self._rows[key.expert]
             states = self._hidden if tokens is None else self._hidden[tokens]
-            routed = self._top_k_weights
-            weights = routed[:, positions] if tokens is None else routed[tokens, positions, None]
             expert = self._decoder.weights(self._weights_of(key), states.dtype)
-            self._products[key.expert] = expert_product(self._module, expert, states) * weights
+            self.accept(key.expert, expert_product(self._module, expert, states))
             self.calls += 2
+
+    def products(self, expert: int) -> torch.Tensor:
+        return self._products[expert]
+
+    def accept(self, expert: int, products: torch.Tensor) -> None:
+        tokens, positions = self._rows[expert]
+        routed = self._top_k_weights
+        weights = routed[:, positions] if tokens is None else routed[tokens, positions, None]
+        self._products[expert] = products * weights
 
     def result(self) -> torch.Tensor:
         dtype = sum_dtype(self._module, self._hidden, self._top_k_weights)

@@ -144,6 +144,14 @@ class _QuantizedEvent(EventCompute):
             step(together[:taken])
             del together[:taken]
 
+    def products(self, expert: int) -> torch.Tensor:
+        first, count = self._rows[expert]
+        return self._products[first : first + count]
+
+    def accept(self, expert: int, products: torch.Tensor) -> None:
+        first, count = self._rows[expert]
+        self._products[first : first + count] = products
+
     def result(self) -> torch.Tensor:
         kernels = self._owner.products.kernels
         hidden = self._hidden

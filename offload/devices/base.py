@@ -18,6 +18,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cache.misses import MissRates
     from offload.compute.base import ExpertCompute
     from offload.devices.clock import LoadTiming
 
@@ -94,6 +95,10 @@ class HostArena(ABC):
         """The buffer for a read, 4 KiB aligned; every copy from or to it must be done."""
 
     @abstractmethod
+    def tensor(self, slot: int) -> torch.Tensor:
+        """The buffer as uint8[slot_bytes] for the CPU to read; what is copied down to it must have arrived."""
+
+    @abstractmethod
     def release(self, slots: Sequence[int]) -> None:
         """Give the memory of these buffers back to the system until they are written again."""
 
@@ -123,6 +128,27 @@ class Link(ABC):
     @abstractmethod
     def stall_seconds(self) -> float:
         """Time so far that kernels waited for copies, as far as it is known by now."""
+
+
+class Passage(ABC):
+    """Small tensors between device and host, beside the kernels: inputs down, and up what the CPU made of them."""
+
+    @abstractmethod
+    def down(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start copying ``tensor``, which must stay as it is until the copy was taken.
+
+        What is returned waits for the copy and gives it, a tensor on the CPU that is good until the next :meth:`down`.
+        """
+
+    @abstractmethod
+    def up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` on the device, for kernels that are launched from now on; it may change once this returns."""
+
+    def computed(self, moved: int, flops: float) -> None:  # noqa: B027 - the time of a real device passes by itself
+        """The CPU computed with an expert of ``moved`` bytes, which took it ``flops`` operations."""
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Give its buffers back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +190,16 @@ class Device(ABC):
 
     def link(self, arena: SlotArena, host: HostArena) -> Link:
         raise NotImplementedError(f"{self.name} has no link")
+
+    def passage(self) -> Passage:
+        raise NotImplementedError(f"{self.name} computes on the CPU itself")
+
+    def miss_rates(self, host: HostArena, of_cpu: Callable[[], tuple[float, float]]) -> MissRates:
+        """What the choice between copying and computing on the CPU goes by; between two events.
+
+        ``of_cpu`` gives (bytes of weights, operations) a second of this machine's CPU; it may take seconds.
+        """
+        raise NotImplementedError(f"{self.name} computes on the CPU itself")
 
     def total_memory(self) -> int | None:
         """The device's own memory in bytes; None if it has none."""

@@ -41,6 +41,10 @@ class _Lane:
             return None
         return max(self.free_at, min(job.ready_at for job in self._queue))
 
+    def busy_until(self) -> float:
+        """When it is done with what it has started, and with what waits for nothing else."""
+        return self.free_at + sum(job.duration for job in self._queue if job.ready_at <= self.free_at)
+
     def run(self, until: float) -> list[_Job]:
         """Start every job that starts at ``until`` or before; returns them."""
         started = []
@@ -107,6 +111,15 @@ class VirtualClock:
     def host(self, seconds: float) -> None:
         """The engine thread computes."""
         self.now += seconds
+
+    def host_expert(self, moved: float, flops: float) -> None:
+        """The engine thread computes with weights in host memory, whose rate it shares with copies up."""
+        self.advance()
+        machine = self.machine
+        reading = moved / machine.host_bytes_per_s
+        copying = min(reading, max(0.0, self._up.busy_until() - self.now))
+        reading += copying * machine.link_bytes_per_s / machine.host_bytes_per_s
+        self.now += max(reading, flops / machine.host_flops_per_s)
 
     def load(self, disk_bytes: int, link_bytes: int, prefetch: bool, after: float) -> LoadTiming:
         """A load that is asked for now; its copy starts at ``after`` at the earliest."""

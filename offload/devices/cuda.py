@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from cache.misses import MissRates
 from offload.config import format_size
-from offload.devices.base import Device, DeviceMemory, Fence, HostArena, Link, OnProgress, SlotArena
+from offload.devices.base import Device, DeviceMemory, Fence, HostArena, Link, OnProgress, Passage, SlotArena
+from offload.devices.cuda_passage import CudaPassage, measure
 from offload.devices.host_memory import HostMemory
 from offload.devices.segments import segment_slots, segments_of
 from offload.errors import BudgetError, DeviceError, UsageError
@@ -246,6 +248,13 @@ class CudaDevice(Device):
     def link(self, arena: SlotArena, host: HostArena) -> Link:
         assert isinstance(arena, CudaSlotArena) and isinstance(host, CudaHostArena)
         return CudaLink(self.torch_device, arena, host)
+
+    def passage(self) -> Passage:
+        return CudaPassage(self.torch_device)
+
+    def miss_rates(self, host: HostArena, of_cpu: Callable[[], tuple[float, float]]) -> MissRates:
+        assert isinstance(host, CudaHostArena)
+        return measure(self.torch_device, host.tensor(host.slots - 1), of_cpu)
 
     def total_memory(self) -> int:
         return int(torch.cuda.mem_get_info(self.torch_device)[1])

@@ -48,6 +48,19 @@ def staged_bytes(config: PretrainedConfig, itemsize: int, context: int, chunk: i
     return rows * hidden * max(0, _FLOAT32 - itemsize) + min(rows, _CALL_ROWS) * (hidden + 2 * inner) * _FLOAT32
 
 
+def host_compute_bytes(config: PretrainedConfig, itemsize: int, context: int, chunk: int) -> int:
+    """RAM that experts of one pass take on the CPU beside a device, their weights apart: inputs and products as they
+    wait, both once more as they are copied, one expert that all tokens chose, and the kernels' scratch memory.
+    """
+    text = config.get_text_config()
+    tokens, hidden = min(chunk, context), text.hidden_size
+    inner = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", default=4 * hidden)
+    top_k = experts_per_token(config)
+    size = tokens * hidden * (2 * itemsize + (top_k + 2) * _FLOAT32)
+    size += min(tokens * top_k, _CALL_ROWS) * (hidden + 2 * inner) * _FLOAT32
+    return size + tokens * (3 * inner + 2 * hidden) * itemsize + _KERNEL_BYTES
+
+
 def row_bytes(config: PretrainedConfig, itemsize: int, context: int, rows: int, kv_bytes: int) -> int:
     """What a pass of several rows needs beyond that of one: their logits, the states of attention joined again, and,
     where keys are made from latent states, those of all rows at once.

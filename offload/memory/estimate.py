@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cache.keys import ExpertKey
 from cache.machines import Machine
+from cache.misses import ExpertWork, MissPlanner, MissRates
 from offload.memory.tier_plan import TierPlan
 
 _LAUNCHES = 77
@@ -27,8 +30,9 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds for one decoded token by lane. Kernels wait for their launches, and both wait for the slower of link and
-    disk, which work one behind the other on different records. ``hit_rate`` and ``host_hit_rate`` are those assumed.
+    """Seconds for one decoded token by lane. Kernels wait for their launches, and both wait for the misses:
+    ``misses_s`` is what link and CPU take for those in RAM, side by side in each event; the disk works beside them on
+    other records. ``hit_rate`` and ``host_hit_rate`` are those assumed.
     """
 
     machine: str
@@ -38,16 +42,20 @@ class Estimate:
     kernels_s: float
     link_s: float
     disk_s: float
+    miss: str = "fetch"
+    cpu_s: float = 0.0
+    misses_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        return 1 / (max(self.launches_s, self.kernels_s) + max(self.link_s, self.disk_s))
+        return 1 / (max(self.launches_s, self.kernels_s) + max(self.misses_s, self.disk_s))
 
     @property
     def bottleneck(self) -> str:
         lanes = {
             "disk": self.disk_s,
             "link": self.link_s,
+            "CPU": self.cpu_s,
             "device memory": self.kernels_s,
             "launches": self.launches_s,
         }
@@ -56,7 +64,7 @@ class Estimate:
     def summary(self) -> list[str]:
         lanes = (
             f"launches {1e3 * self.launches_s:.1f} ms, kernels {1e3 * self.kernels_s:.1f}, "
-            f"link {1e3 * self.link_s:.1f}, disk {1e3 * self.disk_s:.1f}"
+            f"link {1e3 * self.link_s:.1f}, disk {1e3 * self.disk_s:.1f}, experts on the CPU {1e3 * self.cpu_s:.1f}"
         )
         found = f"{self.hit_rate:.0%} of the experts found in VRAM, {self.host_hit_rate:.0%} of the rest in RAM"
         return [
@@ -74,6 +82,7 @@ _ADVICE = {
     "VRAM and RAM are of a size",
     "link": "a larger --vram or a smaller --ctx gives more slots; --format int4 makes experts smaller; --dense-format "
     "int8 makes room",
+    "CPU": "a larger --vram or a smaller --ctx gives more slots; --format int4 makes experts smaller",
     "device memory": "--format int4 and --dense-format int8 give the device fewer bytes to read",
     "launches": "no flag helps: the device waits for the CPU",
 }
@@ -87,21 +96,47 @@ def expected_hit_rate(residency: float) -> float:
     return 1.0
 
 
-def estimate(plan: TierPlan, work: Work, machine: Machine) -> Estimate:
-    """Decoding one token at a time, the prompt behind it, caches warm."""
+def estimate(plan: TierPlan, work: Work, machine: Machine, miss: str = "fetch") -> Estimate:
+    """Decoding one token at a time, the prompt behind it, caches warm, and misses that lie in RAM treated as ``miss``
+    says. The hit rate is taken to be the same each way."""
     sizes = plan.sizes
     record = sizes.slot_bytes
     accesses = work.layers * work.top_k
     in_vram, in_memory = expected_hit_rate(plan.residency), expected_hit_rate(plan.in_memory)
     misses = accesses * (1 - in_vram)
     reads = accesses * (1 - max(in_vram, in_memory))
+    copy_s = record / machine.link_bytes_per_s + machine.load_s
+    fetched, computed, waited = _in_ram(work.top_k, (misses - reads) / accesses, record, machine, miss)
     return Estimate(
         machine=machine.title,
         hit_rate=in_vram,
         host_hit_rate=1 - reads / misses if misses else 1.0,
         launches_s=work.layers * _LAUNCHES * machine.launch_s,
-        kernels_s=(sizes.skeleton_bytes + accesses * record) / machine.expert_bytes_per_s
+        kernels_s=(sizes.skeleton_bytes + (accesses - work.layers * computed) * record) / machine.expert_bytes_per_s
         + work.layers * machine.event_s,
-        link_s=misses * (record / machine.link_bytes_per_s + machine.load_s),
+        link_s=(work.layers * fetched + reads) * copy_s,
         disk_s=reads * (record / machine.disk_bytes_per_s + machine.load_s),
+        miss=miss,
+        cpu_s=work.layers * computed * record / machine.host_bytes_per_s,
+        misses_s=work.layers * waited + reads * copy_s,
     )
+
+
+def _in_ram(top_k: int, share: float, record: int, machine: Machine, miss: str) -> tuple[float, float, float]:
+    """Of an event whose experts are each with probability ``share`` a miss that lies in RAM: the copies that it waits
+    for, the experts that the CPU computes, and the seconds of the slower of both. Means over the number of misses."""
+    planner = MissPlanner(MissRates.of_machine(machine), miss)
+    expert = ExpertWork(record, 0.0)
+    keys = [ExpertKey(0, number) for number in range(top_k)]
+    tokens = dict.fromkeys(range(top_k), 1)
+    fetched = computed = waited = 0.0
+    for count in range(top_k + 1):
+        chance = math.comb(top_k, count) * share**count * (1 - share) ** (top_k - count)
+        on_cpu = len(planner.on_cpu(keys[:count], tokens, expert, hits=keys[count:]))
+        link = (count - on_cpu) * planner.copy_s(expert)
+        cpu = on_cpu * planner.host_s(expert) + (2 * machine.load_s if on_cpu else 0.0)
+        cpu += min(cpu, link) * machine.link_bytes_per_s / machine.host_bytes_per_s
+        fetched += chance * (count - on_cpu)
+        computed += chance * on_cpu
+        waited += chance * max(link, cpu)
+    return fetched, computed, waited

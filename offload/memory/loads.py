@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from cache.host_tier import HostCounters
 from cache.keys import ExpertKey
 from offload.devices.base import SlotArena
@@ -49,6 +51,17 @@ class Loads(ABC):
     keeps_order: bool = False
     host: HostCounters | None = None
     link: LinkCounters | None = None
+
+    def lies_in_ram(self, key: ExpertKey) -> bool:
+        """Whether the record of ``key`` is whole in host memory below the slots."""
+        return False
+
+    def lend(self, key: ExpertKey) -> torch.Tensor:
+        """Such a record, uint8[>= its bytes], for the CPU to read. It stays there until :meth:`give_back`."""
+        raise NotImplementedError("there is no memory below the slots")
+
+    def give_back(self, key: ExpertKey) -> None:  # noqa: B027 - only what was lent is given back
+        """The CPU is done with a record that was lent."""
 
     @abstractmethod
     def load(self, key: ExpertKey, slot: int, *, victim: ExpertKey | None = None, prefetch: bool = False) -> LoadTicket:

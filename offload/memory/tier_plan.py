@@ -59,7 +59,8 @@ class TierPlan:
     @property
     def anonymous_bytes(self) -> int:
         """RAM that belongs to the process alone: everything but mapped files and the margin."""
-        return self.baseline.anonymous + (self.host_slots + self.staging) * self.sizes.slot_bytes
+        sizes = self.sizes
+        return self.baseline.anonymous + sizes.host_compute_bytes + (self.host_slots + self.staging) * sizes.slot_bytes
 
     def vram_rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) of the device's memory, adding up to its budget."""
@@ -82,6 +83,7 @@ class TierPlan:
         return [
             ("libraries", self.baseline.files, "mapped files of Python, torch and transformers"),
             ("process", self.baseline.anonymous, "their own memory"),
+            ("computing", sizes.host_compute_bytes, "misses that the CPU computes (--miss)"),
             ("staging", self.staging * sizes.slot_bytes, f"{self.staging} buffers between disk and device"),
             ("margin", MARGIN_BYTES, "allocator and threads"),
             ("host tier", host, self._held(self.host_slots, self.host_residency)),
@@ -201,7 +203,8 @@ def vram_fixed(sizes: ModelSizes, vram: Vram) -> int:
 
 def ram_fixed(sizes: ModelSizes, baseline: Baseline, staging: int) -> int:
     """RAM of everything but the host tier."""
-    return baseline.files + baseline.anonymous + staging * sizes.slot_bytes + MARGIN_BYTES
+    computing = sizes.host_compute_bytes
+    return baseline.files + baseline.anonymous + computing + staging * sizes.slot_bytes + MARGIN_BYTES
 
 
 def _check(model: str, sizes: ModelSizes, budget: int, smallest: int, flag: str, chosen: bool) -> None:

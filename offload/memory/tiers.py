@@ -11,8 +11,11 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Sequence
 
+import torch
+
 from cache.host_tier import HostCounters, HostTier
 from cache.keys import ExpertKey
+from cache.misses import MissRates
 from offload.checkpoint.expert_file import ExpertFile
 from offload.devices.base import Device, Fence, HostArena, Link, SlotArena
 from offload.devices.clock import LoadTiming
@@ -226,6 +229,26 @@ class TieredLoads(Loads):
                 self.tier.abandon(key)
             raise
         return TieredTicket(self, key, job, lane, timing, reserved is not None)
+
+    def lies_in_ram(self, key: ExpertKey) -> bool:
+        return self.tier.find(key) is not None
+
+    def lend(self, key: ExpertKey) -> torch.Tensor:
+        source = self.tier.find(key)
+        assert source is not None, "only what lies in RAM is lent"
+        arrival = self._last_copy.get(source)
+        if arrival is not None and not arrival.done():
+            arrival.wait()  # it may be on its way down from the device
+        self.tier.pin(key)
+        self.host.hits += 1
+        return self._host_arena.tensor(source)
+
+    def miss_rates(self, of_cpu: Callable[[], tuple[float, float]]) -> MissRates:
+        """See :meth:`offload.devices.base.Device.miss_rates`."""
+        return self._device.miss_rates(self._host_arena, of_cpu)
+
+    def give_back(self, key: ExpertKey) -> None:
+        self.tier.unpin(key)
 
     def event(self, keys: Sequence[ExpertKey]) -> None:
         self.tier.record_event(keys)

@@ -13,6 +13,7 @@ import torch
 from cache.events import by_rank
 from cache.expert_cache import ExpertCache, Lookup, SlotState
 from cache.keys import ExpertKey
+from cache.misses import MOST_ADMITTED
 from cache.trace import DECODE, PREFILL, TraceRecorder
 from cache.usage import ExpertUsage
 from offload.checkpoint.expert_file import ExpertFile
@@ -21,6 +22,7 @@ from offload.compute.base import EventCompute, ExpertCompute
 from offload.devices import SlotArena
 from offload.errors import Cancelled
 from offload.memory.loads import Loads, LoadTicket
+from offload.model.host_experts import HostEvent, HostExperts
 from offload.model.prefetchers import Prefetcher
 from offload.model.transformers_api import ExpertsModule, register_experts_function
 
@@ -47,7 +49,8 @@ class ForwardPass:
 class TransferCounters:
     """Sums since the start: bytes read from disk, those of records that passes took and that were not held when the
     pass began, the seconds that compute waited for them, loads on a prediction and
-    those of them that an event used, events, and the calls that computed their experts."""
+    those of them that an event used, events, the calls that computed their experts, misses that the CPU computed beside
+    the device, and the bytes of their records, which the link did not have to carry for that."""
 
     prefill_bytes: int = 0
     decode_bytes: int = 0
@@ -57,6 +60,8 @@ class TransferCounters:
     prefetch_used: int = 0
     events: int = 0
     compute_calls: int = 0
+    computed_on_cpu: int = 0
+    not_moved_bytes: int = 0
 
 
 _WAVE = 4
@@ -77,6 +82,7 @@ class ExpertRuntime:
         recorder: TraceRecorder | None = None,
         predictor: Prefetcher | None = None,
         usage: ExpertUsage | None = None,
+        host_experts: HostExperts | None = None,
     ) -> None:
         self.cache = cache
         self.usage = usage
@@ -92,6 +98,7 @@ class ExpertRuntime:
         self._compute = compute
         self.recorder = recorder
         self.predictor = predictor
+        self.host_experts = host_experts
         self._ahead: dict[ExpertKey, LoadTicket] = {}  # prefetches under way
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
         self._tickets: dict[ExpertKey, LoadTicket] = {}
@@ -128,6 +135,7 @@ class ExpertRuntime:
         if self.current is not self._pass:
             self._pass, self._held = self.current, self.cache.resident()
         found = self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent)
+        event_keys = [*found.hits, *found.pending, *found.misses]
         absent = sum(ExpertKey(layer, expert) not in self._held for expert in experts)
         if absent:
             self.transfers.needed_bytes += absent * self._file.layout(layer).record_bytes
@@ -135,23 +143,35 @@ class ExpertRuntime:
             self.usage.record(layer, found, self.current.forward)
         self._sort_prefetches(layer, found)
         if self._tell_event is not None:
-            self._tell_event([*found.hits, *found.pending, *found.misses])
+            self._tell_event(event_keys)
         if self.predictor is not None:
             self.predictor.record_event(layer, experts, decode=self.current.decode)
+        if self.host_experts is not None:
+            for keys in [event_keys] if recent is None else [self.cache.keys(layer, group) for group in recent]:
+                self.host_experts.planner.record_event(keys)
         misses = list(found.misses)
         loading = [*found.pending]
         hits = list(found.hits)
+        on_cpu = None
         try:
+            if self.host_experts is not None and misses:
+                on_cpu = self.host_experts.begin(layer, hidden, chosen, found)
+                misses = [key for key in misses if on_cpu is None or key not in on_cpu.keys]
             loading += self._start_loads(misses)  # before the hits compute, so that both happen at once
+            if on_cpu is not None and not misses:
+                self._admit(on_cpu.keys, recent)
             if self.predictor is not None and self.current.decode and not misses:
                 self._prefetch(self.predictor.predict(layer, hidden, top_k_index.shape[1]))
             while hits:
                 some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
                 del hits[: len(some)]
                 loading += self._compute_ready(event, some, misses)
-            while loading or misses:
+            while loading or misses or (on_cpu is not None and on_cpu.left):
                 if self.cancelled.is_set():
                     raise Cancelled
+                if on_cpu is not None and on_cpu.left and not self._has_arrived(loading):
+                    self._compute_on_cpu(event, on_cpu)
+                    continue
                 if not loading:  # prefetches hold the slots that are left
                     self._settle(next(iter(self._ahead)), self._ahead)
                 arrived = self._arrived(loading)
@@ -160,12 +180,14 @@ class ExpertRuntime:
                     self._finish_load(key)
                 loading += self._compute_ready(event, arrived, misses)
         finally:
+            if on_cpu is not None:
+                on_cpu.close()
             for key in loading:  # only after an error or a cancel
                 self._settle(key, self._tickets)
             self.cache.end_event()
             self.transfers.events += 1
         output = event.result()
-        self.transfers.compute_calls += event.calls
+        self.transfers.compute_calls += event.calls + (on_cpu.calls if on_cpu is not None else 0)
         return output
 
     def settle(self) -> None:
@@ -189,6 +211,31 @@ class ExpertRuntime:
         if self.current.decode:
             return list(loading)
         return list(itertools.takewhile(lambda key: self._tickets[key].ready(), loading)) or loading[:1]
+
+    def _has_arrived(self, loading: list[ExpertKey]) -> bool:
+        """Whether the device could go on, where it pays to look: one token's experts wait for all loads anyway."""
+        return not self.current.decode and bool(loading) and self._tickets[loading[0]].ready()
+
+    def _compute_on_cpu(self, event: EventCompute, on_cpu: HostEvent) -> None:
+        """With one token all at once, as one call is quickest; with many one expert, to look after the loads again."""
+        keys = on_cpu.left[: None if self.current.decode else 1]
+        on_cpu.compute(event, keys)
+        for key in keys:
+            self.cache.release(key)
+        self.transfers.computed_on_cpu += len(keys)
+        self.transfers.not_moved_bytes += sum(self._file.layout(key.layer).record_bytes for key in keys)
+
+    def _admit(self, keys: Sequence[ExpertKey], recent: Sequence[Sequence[int]] | None) -> None:
+        """Copy some of what the CPU computes with, in idle time, where that repays. An event of many tokens leaves the
+        slots to what its last tokens use."""
+        assert self.host_experts is not None
+        if recent is not None:
+            used = {expert for group in recent for expert in group}
+            keys = [key for key in keys if key.expert in used]
+        best = self.host_experts.planner.hottest_first(keys)[: max(0, MOST_ADMITTED - len(self._ahead))]
+        for key, slot, victim in self.cache.reserve_ahead(best, self.host_experts.repays):
+            self._unused.discard(victim)  # type: ignore[arg-type]
+            self._ahead[key] = self.loads.load(key, slot, victim=victim, prefetch=True)
 
     def _compute_ready(self, event: EventCompute, ready: list[ExpertKey], misses: list[ExpertKey]) -> list[ExpertKey]:
         """Compute and release ``ready``; starts loads of ``misses``, taken off the queue, in slots that come free.

@@ -124,6 +124,23 @@ def test_a_prefetch_takes_free_slots_and_cold_ones_but_few() -> None:
     assert ExpertCache(3, make_policy("lru")).reserve_ahead([key(1)]) == [], "a tiny cache has no slot to spare"
 
 
+def test_a_load_that_nobody_waits_for_must_repay_its_victim() -> None:
+    cache = ExpertCache(8, make_policy("lru"))
+    serve(cache, 0, *range(7))
+    asked = []
+
+    def repays(new: ExpertKey, victim: ExpertKey) -> bool:
+        asked.append((new, victim))
+        return victim != key(0)
+
+    wanted = [key(9, layer=1), key(8, layer=1)]
+    assert [load.key for load in cache.reserve_ahead(wanted, repays)] == wanted[:1], "a free slot costs nobody anything"
+    assert asked == [(wanted[1], key(0))]
+    cache.commit(wanted[0])
+    serve(cache, 0, 0)
+    assert [load.victim for load in cache.reserve_ahead(wanted[1:], repays)] == [key(1)]
+
+
 def test_misuse_is_refused(cache: ExpertCache) -> None:
     cache.lookup(0, [1])
     with pytest.raises(RuntimeError, match="not ended"):

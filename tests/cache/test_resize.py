@@ -104,3 +104,16 @@ def test_a_saved_log_with_changes_of_size(tmp_path: Path) -> None:
     cache.retire(4)
     cache.save(tmp_path / "log")
     assert replay_log(load_log(tmp_path / "log")) == cache.counters
+
+
+def test_what_was_asked_before_a_victim_went_is_logged(tmp_path: Path) -> None:
+    cache = LoggedCache(CacheSetup("lru", "global", 8, (0,), 16))
+    for expert in range(8):
+        for load in cache.reserve(cache.lookup(0, [expert]).misses):
+            cache.commit(load.key)
+        cache.end_event()
+    wanted = [ExpertKey(0, 9), ExpertKey(0, 10)]
+    assert len(cache.reserve_ahead(wanted, lambda key, victim: key == wanted[0])) == 1
+    assert cache.reserve_ahead(wanted, lambda key, victim: False) == []
+    cache.save(tmp_path / "log")
+    assert replay_log(load_log(tmp_path / "log")) == cache.counters

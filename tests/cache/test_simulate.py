@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.events import Events, trace_events
-from cache.hardware import Hardware
+from cache.hardware import HARDWARE, Hardware
 from cache.policies import PolicyError
 from cache.predictors import PredictorError
 from cache.simulate import ReplayResult, ReplaySettings, replay_events
+from cache.synthetic import MODELS, synthetic_trace
 from cache.trace import load_trace
 from tests.cache.specs import SPECS, events_of, random_events
 
@@ -234,7 +236,37 @@ def test_a_prefetch_hides_in_compute() -> None:
     assert stalls[1] < stalls[0] / 10
 
 
+@pytest.mark.parametrize("machine", ["rtx4060", "rtx4090", "laptop-pcie3"])
+@pytest.mark.parametrize("share", [0.125, 0.5])
+def test_ways_of_misses(machine: str, share: float) -> None:
+    """Records and habits of Qwen3-30B-A3B, in four layers."""
+    habits = replace(MODELS["qwen3-30b-a3b"], layers=4, requests=1, tokens=96, topic=1.9, overlap=0.56)
+    events = trace_events(synthetic_trace(habits))
+    hardware = replace(HARDWARE[machine], disk_bytes_per_s=None, dense_s=4 * 77 * 4e-6)
+    found = {}
+    for miss in ("fetch", "cpu", "auto"):
+        slots = int(share * 4 * 128)
+        result = run(
+            events, policy="ewma", scope="global", slots=slots, record_bytes=2654208, hardware=hardware, miss=miss
+        )
+        total = result.total
+        assert total.accesses == len(events.experts) and result.seconds is not None
+        assert (total.on_cpu.sum() > 0) == (miss != "fetch")
+        assert total.on_cpu.sum() <= total.misses.sum() and total.admitted.sum() <= total.on_cpu.sum()
+        copied = total.misses.sum() - total.on_cpu.sum() + total.admitted.sum()
+        assert total.loads == copied, "nothing is prefetched"
+        if miss == "cpu":
+            assert total.admitted.sum() > 0 and total.hits.sum() > 0
+        found[miss] = result.seconds.tokens_per_s or 0.0
+    assert found["auto"] >= 0.97 * max(found["fetch"], found["cpu"])
+    assert found["cpu"] > found["fetch"]
+
+
 def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="a link and a CPU"):
+        ReplaySettings(slots=1, record_bytes=1, hardware=Hardware("x", 1.0, None, 1.0), miss="cpu")
+    with pytest.raises(ValueError, match="without a disk"):
+        ReplaySettings(slots=1, record_bytes=1, hardware=HARDWARE["rtx4060"], miss="auto")
     with pytest.raises(ValueError, match="slot"):
         ReplaySettings(slots=0)
     with pytest.raises(ValueError, match="size of a record"):

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from offload.compute import calibration
-from offload.compute.calibration import Calibration, calibrate, calibration_file, crossover, load, machine_key, save
+from offload.compute.calibration import (
+    Calibration,
+    calibrate,
+    calibration_file,
+    cpu_rates,
+    crossover,
+    load,
+    machine_key,
+    save,
+)
 from offload.compute.kernels import load_kernels
 from offload.errors import RunLocalError
 
@@ -52,6 +61,22 @@ def test_the_crossover_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert crossover(some_kernels, silent) == {4: 24, 8: 4} == crossover(some_kernels, silent)
     assert len(measured) == 1
     assert crossover(None, silent) == {}, "without kernels there is nothing to decide"
+
+
+def test_rates_of_the_cpu_are_measured_once_and_kept_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Any] = []
+    monkeypatch.setattr(calibration, "_memory_rate", lambda: measured.append("memory") or 2e10)
+    monkeypatch.setattr(calibration, "_kernel_rate", lambda products, bits: measured.append(bits) or bits * 1e9)
+    monkeypatch.setattr(calibration, "_flops", lambda: measured.append("flops") or 1e11)
+    monkeypatch.setattr(calibration, "_measure_crossover", lambda *args: {4: 24, 8: 4})
+    some_kernels: Any = object()
+    assert cpu_rates("native", None, silent) == (2e10, 1e11) == cpu_rates("native", None, silent)
+    crossover(some_kernels, silent)
+    assert cpu_rates("int4-g32", some_kernels, silent) == (4e9, 1e11) == cpu_rates("mixed", some_kernels, silent)
+    assert cpu_rates("int8", some_kernels, silent) == (8e9, 1e11)
+    assert cpu_rates("int8", None, silent) == (2e10, 1e11), "without kernels the memory is all that is known"
+    assert measured == ["memory", "flops", 4, 8]
+    assert crossover(some_kernels, silent) == {4: 24, 8: 4}
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from offload.devices.clock import VirtualClock
 MACHINE = replace(
     load_machine("rtx4060"),
     disk_bytes_per_s=1.0, link_bytes_per_s=10.0, expert_bytes_per_s=100.0, flops_per_s=1000.0, launch_s=0.5, load_s=0.0,
+    host_bytes_per_s=20.0, host_flops_per_s=100.0,
 )  # fmt: skip
 
 
@@ -83,3 +84,16 @@ def test_only_what_has_not_begun_is_dropped(clock: VirtualClock) -> None:
     last = clock.load(10, 10, False, 0.0)
     last.wait()
     assert clock.now == 112.0, "the dropped one took no time"
+
+
+def test_the_cpu_shares_its_memory_with_copies(clock: VirtualClock) -> None:
+    clock.host_expert(40, 10)
+    assert clock.now == 2.0
+    clock.host_expert(40, 500)
+    assert clock.now == 7.0, "arithmetic takes longer than reading"
+    load = clock.load(0, 30, False, 0.0)
+    clock.host_expert(20, 0)
+    assert clock.now == 7.0 + 1.0 + 0.5, "a second of reading, in which the copy takes half of the rate"
+    assert load.wait()[1] == pytest.approx(1.5), "the copy went on meanwhile"
+    clock.host_expert(20, 0)
+    assert clock.now == 11.0

@@ -11,6 +11,7 @@ import torch
 
 from offload.devices import get_device
 from offload.devices.cuda import CudaFence, CudaHostArena, CudaLink, CudaSlotArena
+from offload.devices.cuda_passage import CudaPassage, measure
 from offload.errors import BudgetError, DeviceError, UsageError
 
 SLOT = 4096
@@ -183,6 +184,73 @@ def test_fewer_slots_where_the_card_refuses_more(cuda: FakeCuda, monkeypatch: py
         arena.release([4])
     with pytest.raises(BudgetError, match="--vram"):
         CudaSlotArena(CPU, 4, SLOT, 4)
+
+
+@pytest.fixture
+def passage(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaPassage]:
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: cuda.log.append((stream.name, "keeps", "memory"))
+    )
+    made = CudaPassage(CPU)
+    yield made
+    made.close()
+    assert cuda.registered == []
+
+
+def test_inputs_of_the_cpus_part_wait_for_the_kernels_that_made_them(cuda: FakeCuda, passage: CudaPassage) -> None:
+    arrived = passage.down(torch.tensor([[1.0, 2.0]]))
+    (made_by, _, made), *rest = cuda.log
+    assert made_by == "kernels"
+    stream = rest[0][0]
+    assert rest == [(stream, "enter"), (stream, "wait", made), (stream, "record", rest[-1][2])]
+    assert stream != "kernels" and ("host", "wait", rest[-1][2]) not in cuda.log, "loads and hits start meanwhile"
+    assert arrived().tolist() == [[1.0, 2.0]]
+    assert cuda.log[-1] == ("host", "wait", rest[-1][2])
+    assert len(cuda.registered) == 1, "pinned"
+
+
+def test_products_go_up_on_a_stream_of_their_own(cuda: FakeCuda, passage: CudaPassage) -> None:
+    product = torch.tensor([[3.0]])
+    moved = passage.up(product)
+    product.zero_()
+    assert moved.tolist() == [[3.0]]
+    stream, copied = cuda.log[-3][0], cuda.log[-3][2]
+    assert stream != "kernels"
+    assert cuda.log == [
+        (stream, "enter"),
+        (stream, "record", copied),
+        ("kernels", "wait", copied),
+        ("kernels", "keeps", "memory"),
+    ], "the CPU waits for nothing"
+    passage.up(product)
+    assert ("host", "wait", copied) not in cuda.log, "the other buffer is free"
+    passage.up(product)
+    assert ("host", "wait", copied) in cuda.log, "before the first one is written again"
+
+
+def test_buffers_grow_and_are_used_again(cuda: FakeCuda, passage: CudaPassage) -> None:
+    passage.down(torch.zeros(8))()
+    first = list(cuda.registered)
+    passage.down(torch.zeros(4))()
+    assert cuda.registered == first
+    assert passage.down(torch.ones(4096))().sum() == 4096
+    assert [size for _, size in cuda.registered] == [4 * 4096]
+
+
+def test_without_the_right_to_pin_inputs_and_products_still_move(cuda: FakeCuda, passage: CudaPassage) -> None:
+    cuda.refuse_pinning = True
+    assert passage.down(torch.ones(3))().tolist() == [1, 1, 1]
+    assert passage.up(torch.ones(2)).tolist() == [1, 1]
+    cuda.registered.clear()  # the fake writes down what it refused, too
+
+
+def test_the_rates_of_a_card_are_measured(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(torch.cuda, "synchronize", synced.append)
+    rates = measure(CPU, torch.zeros(2**20, dtype=torch.uint8), lambda: (5e9, 7e10))
+    assert (rates.host_bytes_per_s, rates.host_flops_per_s) == (5e9, 7e10)
+    assert rates.link_bytes_per_s > 0 < rates.device_bytes_per_s and rates.device_flops_per_s > 0 < rates.load_s
+    assert len(synced) == 8, "before and after each of four"
 
 
 def test_no_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,3 +212,29 @@ def test_an_error_in_a_kernel_comes_out_of_the_next_wait(device: SimulatedDevice
     device._kernels.launch(broken)
     device.recover()
     device._kernels.synchronize()
+
+
+def test_the_cpu_may_not_read_a_record_on_its_way_down(tiers: Tiers) -> None:
+    up = tiers.link.upload(0, 1, SLOT, [])
+    up.wait()
+    tiers.link.hold.clear()
+    down = tiers.link.download(1, 2, SLOT, [up])
+    with pytest.raises(SimulatedError, match="the CPU reads host buffer 2"):
+        tiers.host.tensor(2)
+    assert tiers.host.tensor(0)[0] == 1, "reading beside a copy up is allowed"
+    tiers.link.hold.set()
+    down.wait()
+    assert tiers.host.tensor(2)[0] == 1
+
+
+def test_inputs_go_down_and_products_up(device: SimulatedDevice) -> None:
+    passage = device.passage()
+    with torch.inference_mode(), device.running():
+        hidden = to_device(torch.arange(4.0), device.world)
+        before = device.now()
+        taken = passage.down(hidden)()
+        assert taken.device.type == "cpu" and taken.tolist() == [0, 1, 2, 3]
+        moved = passage.up(taken + 1)
+        assert moved.device.type == "simgpu" and moved.to("cpu").tolist() == [1, 2, 3, 4]
+    assert device.now() - before > 2 * device.machine.load_s
+    assert device.miss_rates(None, lambda: (1.0, 1.0)).host_bytes_per_s == device.machine.host_bytes_per_s  # type: ignore[arg-type]

@@ -121,6 +121,20 @@ def test_the_lane_that_holds_it_back() -> None:
     assert estimate(exclusive, work, small).disk_s < estimate(plan_on("rtx4060", ram=6 * GIB), work, small).disk_s
 
 
+@pytest.mark.parametrize("machine", ["rtx3060", "rtx4060", "rtx5090", "laptop-pcie3"])
+@pytest.mark.parametrize("asked", [{"residency": 0.125}, {"residency": 0.5}, {"residency": 0.2, "ram": 6 * GIB}])
+def test_ways_of_misses(machine: str, asked: dict[str, float]) -> None:
+    work, rates, plan = Work(48, 8), load_machine(machine), plan_on(machine, **asked)
+    fetch, cpu, auto = (estimate(plan, work, rates, miss) for miss in ("fetch", "cpu", "auto"))
+    assert fetch.cpu_s == 0 and fetch.misses_s == pytest.approx(fetch.link_s)
+    assert cpu.cpu_s >= auto.cpu_s and cpu.link_s <= auto.link_s <= fetch.link_s
+    assert auto.tokens_per_s >= 0.97 * max(fetch.tokens_per_s, cpu.tokens_per_s)
+    assert (cpu.disk_s, auto.hit_rate) == (fetch.disk_s, fetch.hit_rate)
+    if plan.in_memory == 1:
+        assert cpu.link_s == pytest.approx(0)
+    assert "experts on the CPU" in auto.summary()[0] and auto.to_json()["miss"] == "auto"
+
+
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_more_slots_never_hit_less(one: float, other: float) -> None:
     low, high = sorted((one, other))

@@ -20,6 +20,7 @@ from cache.expert_cache import ExpertCache
 from cache.host_tier import HostTier
 from cache.keys import ExpertKey
 from cache.machines import load_machine
+from cache.misses import ExpertWork, MissPlanner, MissRates
 from cache.policies import make_policy
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
@@ -32,6 +33,7 @@ from offload.memory.resize import set_slots
 from offload.memory.storage import Storage
 from offload.memory.tiers import TieredLoads
 from offload.model.experts import ExpertRuntime
+from offload.model.host_experts import HostExperts
 from offload.model.transformers_api import EXPERTS_IMPLEMENTATION, ExpertsModule
 from tests.model.test_experts import EXPERTS, event, experts_module, mixtral
 
@@ -74,6 +76,16 @@ class Tiers:
         compute = self.device.experts(NativeExperts())
         self.runtime = ExpertRuntime(self.cache, arena, self.loads, self.file, get_format("native"), compute)
         self.modules = modules
+        self.host = HostExperts(
+            MissPlanner(MissRates.of_machine(self.device.machine)),
+            self.device.passage(),
+            NativeExperts(),
+            dict(zip(LAYERS, modules, strict=True)),
+            dict.fromkeys(LAYERS, ExpertWork(size, size / 2)),
+            self.loads,
+            self.file,
+            get_format("native"),
+        )
         self.runtime.attach(
             [ExpertsModule("experts", layer, EXPERTS, {}, m) for layer, m in zip(LAYERS, modules, strict=True)]
         )
@@ -155,6 +167,7 @@ STEPS = st.lists(
         st.tuples(st.just("mood"), MOOD, MOOD, MOOD),
         st.tuples(st.just("cancel"), st.integers(0, 3)),
         st.tuples(st.just("vram"), st.booleans()),
+        st.tuples(st.just("miss"), st.sampled_from(["fetch", "cpu", "auto"])),
     ),
     min_size=5,
     max_size=25,
@@ -187,6 +200,9 @@ def play(tiers: Tiers, steps: list[Any], disk: Disk, expected: dict[Any, torch.T
             disk.fail, disk.short, disk.slow = rest
         elif name == "cancel":
             cancel_at_read(tiers, rest[0])
+        elif name == "miss":
+            tiers.host.planner.strategy = rest[0]
+            tiers.runtime.host_experts = None if rest[0] == "fetch" else tiers.host
         elif name == "vram":
             vram = tiers.device.vram
             vram.budget = vram.used if rest[0] else vram.total

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from offload.config import format_size
-from offload.devices.base import Fence, HostArena, Link, OnProgress, SlotArena
+from offload.devices.base import Fence, HostArena, Link, OnProgress, Passage, SlotArena
 from offload.devices.clock import VirtualClock
 from offload.devices.host_memory import HostMemory
 from offload.devices.segments import segment_slots, segments_of
@@ -117,6 +117,7 @@ class SimHostArena(HostArena):
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.busy: dict[int, SimFence] = {}
+        self.arriving: dict[int, SimFence] = {}  # the last copy down to each buffer
         self._memory = HostMemory(slots, slot_bytes, "the host tier", used=0)
 
     def writable(self, slot: int) -> memoryview:
@@ -128,11 +129,37 @@ class SimHostArena(HostArena):
     def array(self, slot: int) -> np.ndarray:
         return self._memory.array(slot)
 
+    def tensor(self, slot: int) -> torch.Tensor:
+        fence = self.arriving.get(slot)
+        if fence is not None and fence.number > fence.stream.observed:
+            raise SimulatedError(f"the CPU reads host buffer {slot} before its record is known to be there")
+        return torch.from_numpy(self._memory.array(slot))
+
     def release(self, slots: Sequence[int]) -> None:
         self._memory.release(slots)
 
     def close(self) -> None:
         self._memory.close()
+
+
+class SimPassage(Passage):
+    """As copies that the engine thread waits for."""
+
+    def __init__(self, world: World, device: torch.device) -> None:
+        self._clock = world.clock
+        self._device = device
+
+    def down(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        copy = tensor.to("cpu")
+        self._clock.host(self._clock.machine.load_s)
+        return lambda: copy
+
+    def up(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._clock.host(self._clock.machine.load_s)
+        return tensor.to(self._device)
+
+    def computed(self, moved: int, flops: float) -> None:
+        self._clock.host_expert(moved, flops)
 
 
 class SimLink(Link):
@@ -184,7 +211,7 @@ class SimLink(Link):
                 torch.from_numpy(goal[:size]).copy_(origin[:size])
 
             fence = self._down.launch(copy, after, done_at)
-            self._host.busy[target] = fence
+            self._host.busy[target] = self._host.arriving[target] = fence
             self._arena.read_by(slot, fence)
             self._world.downloaded += size
         return fence

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cache.machines import Machine
+from cache.misses import MissRates
 from offload.compute.matrix import QuantizedMatrix
-from offload.devices.base import Device, DeviceMemory, Fence, HostArena, Link, SlotArena
+from offload.devices.base import Device, DeviceMemory, Fence, HostArena, Link, Passage, SlotArena
 from offload.devices.clock import LoadTiming, VirtualClock
 from offload.devices.on_paper import CONTEXT_BYTES
-from offload.devices.simulated.arena import SimHostArena, SimLink, SimSlotArena
+from offload.devices.simulated.arena import SimHostArena, SimLink, SimPassage, SimSlotArena
 from offload.devices.simulated.kernels import SimExperts
 from offload.devices.simulated.streams import SimFence, SimStream
 from offload.devices.simulated.tensor import (
@@ -60,6 +61,12 @@ class SimulatedDevice(Device):
     def link(self, arena: SlotArena, host: HostArena) -> Link:
         assert isinstance(arena, SimSlotArena) and isinstance(host, SimHostArena)
         return SimLink(self.world, arena, host, self._kernels, self._up, self._down)
+
+    def passage(self) -> Passage:
+        return SimPassage(self.world, self.torch_device)
+
+    def miss_rates(self, host: HostArena, of_cpu: Callable[[], tuple[float, float]]) -> MissRates:
+        return MissRates.of_machine(self.machine)
 
     def total_memory(self) -> int | None:
         return self.machine.vram_bytes

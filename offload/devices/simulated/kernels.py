@@ -84,6 +84,20 @@ class _SimEvent(EventCompute):
         for slot in slots:
             owner.arena.read_by(slot, fence)
 
+    def products(self, expert: int) -> torch.Tensor:
+        self._owner.kernels.synchronize()
+        return self._event.products(expert)
+
+    def accept(self, expert: int, products: torch.Tensor) -> None:
+        owner = self._owner
+
+        def kernel() -> None:
+            owner.world.quiet.on = True
+            with torch.inference_mode(), SimMode(owner.world):
+                self._event.accept(expert, products)
+
+        owner.kernels.launch(kernel, (), owner.world.clock.launch(2 * products.nbytes))
+
     def result(self) -> torch.Tensor:
         self._owner.kernels.synchronize()
         return self._event.result()

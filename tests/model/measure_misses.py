@@ -1,0 +1,142 @@
+"""Measures ``--miss`` on simulated hardware with a checkpoint of Qwen3-30B-A3B's proportions.
+
+``python -m tests.model.measure_misses rtx4060 rtx4090`` prints a table of virtual tokens a second by residency and
+strategy, each against what the lanes allow for the hits that were achieved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache.machines import load_machine
+from cache.synthetic import MODELS, synthetic_trace
+from offload.config import MISSES
+from offload.engine import Engine
+from tests.engines import open_tiny
+from tests.tiny_models import VOCAB_SIZE, build_tiny
+
+RECORD_BYTES, RECORD_WEIGHTS = 2_654_208, 3 * 2048 * 768
+"""Of an expert of Qwen3-30B-A3B in int4: what the scaled records stand for."""
+SIZES = {
+    "hidden_size": 64,
+    "moe_intermediate_size": 24,  # 3 / 8 of the hidden size, as there
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 4,
+}
+LAYERS = (6, 15, 31, 40)
+"""Of its 48: those whose routing the four follow."""
+PROMPT = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """``bound`` is the share of the virtual time for which the busier of two lanes was busy: the thread that launches
+    kernels, computes experts on the CPU and waits for kernels; and the link. Hits and misses as they were."""
+
+    tokens_per_s: float
+    prefill_tokens_per_s: float
+    hit_rate: float
+    on_cpu: float
+    bound: float
+
+
+def build(folder: Path) -> Path:
+    return build_tiny("qwen3_moe", folder, sizes=SIZES)
+
+
+def scaled(name: str, record_bytes: int, folder: Path) -> Path:
+    """A file of a machine on which a record of ``record_bytes`` in float32 takes as long as a real one on ``name``."""
+    machine = asdict(load_machine(name))
+    weights = record_bytes / 4 / RECORD_WEIGHTS
+    for field, value in machine.items():
+        if field.endswith("_per_s"):
+            machine[field] = value * (weights if "flops" in field else record_bytes / RECORD_BYTES)
+    path = folder / f"{name}-scaled.json"
+    path.write_text(json.dumps(machine | {"name": f"{name}-scaled"}))
+    return path
+
+
+def routing(tokens: int) -> NDArray[np.int64]:
+    """Experts [tokens, layers, k] of one request, as the synthetic trace of Qwen3-30B-A3B has them in some layers."""
+    trace = synthetic_trace(replace(MODELS["qwen3-30b-a3b"], requests=1, prompt_tokens=0, tokens=tokens))
+    return np.stack([trace.ids[trace.layer == layer] for layer in LAYERS], axis=1).astype(np.int64)
+
+
+def follow(engine: Engine, script: NDArray[np.int64]) -> None:
+    """Let the model choose these experts, token by token, whatever its routers say: a random model has no habits."""
+    runtime = engine._runtime
+    real = runtime.run
+
+    def run(module: Any, layer: int, hidden: Any, index: Any, weights: Any) -> torch.Tensor:
+        first = runtime.current.step
+        chosen = torch.from_numpy(script[first : first + len(hidden), layer])
+        return real(module, layer, hidden, chosen.to(index.device), weights)
+
+    runtime.run = run  # type: ignore[method-assign]
+
+
+def measure(checkpoint: Path, packs: Path, hardware: Path | str, tokens: int = 128, **settings: Any) -> Measured:
+    """Prefill a prompt and decode ``tokens``; decoding is measured from its second half on, when slots are full."""
+    with open_tiny(checkpoint, packs, device=f"simulated:{hardware}", context_tokens=512, **settings) as engine:
+        clock, runtime, passes = engine._device, engine._runtime, engine._passes
+        follow(engine, routing(PROMPT + tokens))
+        link: Any = runtime.loads.link
+
+        def now() -> tuple[float, ...]:
+            counts, transfers = runtime.cache.counters.decode, runtime.transfers
+            stalled = transfers.stall_seconds + (runtime.loads.stall_link_seconds() or 0.0)
+            return (clock.now(), stalled, link.host_to_device, counts.hits, counts.accesses, transfers.computed_on_cpu)
+
+        began = clock.now()
+        passes.run([token % VOCAB_SIZE for token in range(PROMPT)], decode=False, ends=True)
+        prefill = clock.now() - began
+        before = now()
+        for number in range(tokens):
+            if number == tokens // 2:
+                before = now()
+            passes.run([number % VOCAB_SIZE], decode=True)
+        seconds, stalled, moved, hits, accesses, on_cpu = (b - a for a, b in zip(before, now(), strict=True))
+        machine = clock.machine  # type: ignore[attr-defined]
+        busy = moved / machine.link_bytes_per_s + moved / engine.plan.sizes.slot_bytes * machine.load_s
+        share = max(seconds - stalled, busy) / seconds
+        return Measured((tokens - tokens // 2) / seconds, PROMPT / prefill, hits / accesses, on_cpu / accesses, share)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("machines", nargs="+")
+    parser.add_argument("--prefetch", default="off")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        checkpoint = build(folder / "checkpoint")
+        print("| machine | residency | --miss | tokens/s | of the bound | hits | on the CPU | prefill tokens/s |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        with open_tiny(checkpoint, folder, residency=0.01) as engine:
+            record = engine.plan.sizes.slot_bytes
+        for name in given.machines:
+            hardware = scaled(name, record, folder)
+            for residency in (0.125, 0.25, 0.5):
+                for miss in MISSES:
+                    found = measure(
+                        checkpoint, folder, hardware, residency=residency, miss=miss, prefetch=given.prefetch
+                    )
+                    print(
+                        f"| {name} | {residency:.1%} | {miss} | {found.tokens_per_s:.1f} | {found.bound:.2f} | "
+                        f"{found.hit_rate:.0%} | {found.on_cpu:.0%} | {found.prefill_tokens_per_s:.0f} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
