@@ -28,6 +28,7 @@ from offload.compute.calibration import crossover
 from offload.compute.calibration import load as load_calibration
 from offload.compute.choose import expert_compute
 from offload.compute.decoded import decode_bytes
+from offload.compute.grouped import GroupedKernels
 from offload.compute.kernels import load_kernels
 from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.product import DECODE_BYTES, Products
@@ -180,7 +181,8 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
     decoders = _decoders(settings, device, source, on_event)
-    compute = device.experts(expert_compute(weight_format, products, decoders))
+    grouped = _grouped(settings, device, source, on_event)
+    compute = device.experts(expert_compute(weight_format, products, decoders, grouped))
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
     arena, loads = storage.arena, storage.loads
     runtime = ExpertRuntime(cache, arena, loads, file, weight_format, compute, recorder, predictor, usage)
@@ -265,6 +267,20 @@ def _decoders(settings: EngineSettings, device: Device, source: CheckpointSource
         on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
 
     return load_decoders(failed)
+
+
+def _grouped(
+    settings: EngineSettings, device: Device, source: CheckpointSource, on_event: OnEvent
+) -> GroupedKernels | None:
+    """What multiplies with many experts at once; compiled for the card if it was not yet."""
+    weight_format = get_format(settings.format)
+    if settings.kernels == "torch" or (source.method is not None and weight_format.published):
+        return None
+
+    def failed(why: str) -> None:
+        on_event(Notice(f"experts are multiplied by torch, one after the other, since the card's kernels fail: {why}"))
+
+    return device.grouped_kernels(weight_format, source.dtype, failed)
 
 
 def _quantised(settings: EngineSettings) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,10 @@ from offload.devices.base import Device, DeviceMemory, Fence, HostArena, Link, O
 from offload.devices.host_memory import HostMemory
 from offload.devices.segments import segment_slots, segments_of
 from offload.errors import BudgetError, DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from offload.checkpoint.formats import WeightFormat
+    from offload.compute.grouped import GroupedKernels
 
 _LIBRARIES_BYTES = 256 * 2**20
 """cuBLAS, its workspaces, and kernels that are loaded at their first use; the context is there when this is asked."""
@@ -276,6 +280,13 @@ class CudaDevice(Device):
                     setattr(module, name, QuantizedMatrix(value.layout, codes, params))
                 elif isinstance(value, torch.Tensor):
                     setattr(module, name, value.to(self.torch_device))
+
+    def grouped_kernels(
+        self, weight_format: WeightFormat, dtype: torch.dtype, failed: Callable[[str], None]
+    ) -> GroupedKernels | None:
+        from offload.compute.grouped import load_grouped
+
+        return load_grouped(self.torch_device, weight_format, dtype, failed)
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, torch.cuda.OutOfMemoryError)
