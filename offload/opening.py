@@ -95,6 +95,7 @@ def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None =
     _say_quantised(settings, resolved.name, source, on_event)
     device = get_device(settings.device) if machine is None else PaperDevice(machine)
     with contextlib.closing(device):
+        _compiled = _grouped(settings, device, source, on_event)  # as for a run, too
         available = None if machine is None else machine.ram_bytes
         plan = _plan(settings, resolved, source, device, available)
     expected = None
@@ -131,6 +132,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     generation_config = _generation_config(resolved.folder, source)
     with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
         device = undo.enter_context(contextlib.closing(get_device(settings.device)))
+        grouped = _grouped(settings, device, source, on_event)  # what compiling takes counts in the plan
         plan = _plan(settings, resolved, source, device)  # before packing: a budget that is too small is said at once
         on_event(Planned(tuple(plan.summary()), tuple(plan.rows())))
         if device.virtual:
@@ -181,7 +183,6 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
     decoders = _decoders(settings, device, source, on_event)
-    grouped = _grouped(settings, device, source, on_event)
     compute = device.experts(expert_compute(weight_format, products, decoders, grouped))
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
     arena, loads = storage.arena, storage.loads
