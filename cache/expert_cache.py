@@ -97,8 +97,7 @@ class ExpertCache:
         return [(key, SlotState.LOADING if key in loading else SlotState.READY) for key in keys if key is not None]
 
     def change_policy(self, policy: Policy, layers: Iterable[int] | None = None) -> None:
-        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; all residents
-        stay.
+        """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; residents stay.
 
         The policy is told of them as if they had just been admitted, the coldest of the old policy first. Raises
         RuntimeError if an event is open.
@@ -320,9 +319,7 @@ class ExpertCache:
         return chosen + self._victims_among(n - len(chosen), layer)
 
     def _victims_among(self, n: int, layer: int | None, but: Sequence[ExpertKey] = ()) -> list[ExpertKey]:
-        """At most ``n`` keys of ``layer`` (None: of all layers) and not in ``but``, outside the event first, then its
-        released keys.
-        """
+        """At most ``n`` keys of ``layer`` (None: all) outside ``but``, the event's last, and of those the released."""
         chosen: list[ExpertKey] = []
         for kept in (self._event, self._needed):
             if len(chosen) == n:

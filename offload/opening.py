@@ -26,7 +26,7 @@ from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import load as load_calibration
-from offload.compute.choose import decoders_for_cpu, expert_compute, products_for_cpu
+from offload.compute.choose import decoders_for_cpu, expert_compute, grouped_kernels, products_for_cpu
 from offload.compute.decoded import decode_bytes
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
@@ -117,6 +117,7 @@ def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None =
     _say_quantised(settings, resolved.name, source, on_event)
     device = get_device(settings.device) if machine is None else PaperDevice(machine)
     with contextlib.closing(device):
+        _compiled = grouped_kernels(settings, device, source, on_event)  # as for a run, too
         available = None if machine is None else machine.ram_bytes
         plan = _plan(settings, resolved, source, device, available)
     weights = count_weights(source.model, source.experts)
@@ -155,6 +156,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     generation_config = _generation_config(resolved.folder, source)
     with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
         device = undo.enter_context(contextlib.closing(get_device(settings.device)))
+        grouped = grouped_kernels(settings, device, source, on_event)  # what compiling takes counts in the plan
         plan = _plan(settings, resolved, source, device)  # before packing: a budget that is too small is said at once
         on_event(Planned(tuple(plan.summary()), tuple(plan.rows())))
         if device.virtual:
@@ -206,7 +208,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
     decoders = decoders_for_cpu(settings, source, on_event) if device.unified else None
-    compute = device.experts(expert_compute(weight_format, products, decoders))
+    compute = device.experts(expert_compute(weight_format, products, decoders, grouped))
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
     arena, loads = storage.arena, storage.loads
     host_side = None

@@ -13,6 +13,7 @@ import pytest
 from offload.paths import cache_folder
 
 if TYPE_CHECKING:
+    from offload.compute.grouped import GroupedKernels
     from offload.compute.kernels import Kernels
 
 # One thread: tiny matrices gain nothing from more, and spinning workers are slow to a crawl on a busy machine.
@@ -25,6 +26,9 @@ os.environ.pop("HF_TOKEN", None)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without a card, Triton's kernels run in its interpreter; it looks here when it is first imported.
+_CARD = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/dxg"))
+os.environ.setdefault("TRITON_INTERPRET", "0" if _CARD else "1")
 # The user's own config.toml and presets are none of the tests' business.
 os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "config")
 # What is made once for a machine (compiled kernels, calibration) is kept between runs, but not in the user's own cache.
@@ -48,6 +52,17 @@ def kernels() -> Kernels:
 def either(request: pytest.FixtureRequest) -> Kernels | None:
     """The kernels, and None: what works without them works with them too."""
     return request.getfixturevalue("kernels") if request.param == "kernels" else None
+
+
+@pytest.fixture(scope="session")
+def grouped() -> GroupedKernels:
+    """The grouped kernels: compiled on a card, else in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed; there are no packages of it for this platform")
+    import torch
+
+    from offload.compute.grouped import GroupedKernels
+
+    return GroupedKernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from offload.checkpoint.formats import NativeFormat, WeightFormat
+from offload.checkpoint.formats import NativeFormat, WeightFormat, get_format
 from offload.checkpoint.source import CheckpointSource
 from offload.compute.base import ExpertCompute
 from offload.compute.calibration import crossover
+from offload.compute.grouped import GroupedKernels
+from offload.compute.grouped_experts import GroupedExperts
 from offload.compute.kernels import load_kernels
 from offload.compute.kernels.published import Decoders, load_decoders
 from offload.compute.native_experts import NativeExperts
 from offload.compute.product import Products
 from offload.compute.quantized_experts import QuantizedExperts
 from offload.config import EngineSettings
+from offload.devices.base import Device
 from offload.events import LoadProgress, Notice
 from offload.model.transformers_api import gates_with_silu
 
 OnEvent = Callable[[LoadProgress | Notice], None]
 
 
-def expert_compute(weight_format: WeightFormat, products: Products, decoders: Decoders | None = None) -> ExpertCompute:
-    """``decoders`` are for the packed weights of a native format, on the CPU."""
+def expert_compute(
+    weight_format: WeightFormat,
+    products: Products,
+    decoders: Decoders | None = None,
+    grouped: GroupedKernels | None = None,
+) -> ExpertCompute:
+    """``grouped``: the kernels of a device that has them for this format. Without them, ``products`` multiplies
+    quantised weights, and ``decoders`` are for the packed weights of a native format.
+    """
+    if grouped is not None:
+        return GroupedExperts(grouped, native=isinstance(weight_format, NativeFormat))
     if isinstance(weight_format, NativeFormat):
         return NativeExperts(decoders)
     return QuantizedExperts(products, gates_with_silu)
@@ -48,3 +60,17 @@ def decoders_for_cpu(settings: EngineSettings, source: CheckpointSource, on_even
         on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
 
     return load_decoders(failed)
+
+
+def grouped_kernels(
+    settings: EngineSettings, device: Device, source: CheckpointSource, on_event: OnEvent
+) -> GroupedKernels | None:
+    """What multiplies with many experts at once; compiled for the card if it was not yet."""
+    weight_format = get_format(settings.format)
+    if settings.kernels == "torch" or (source.method is not None and weight_format.published):
+        return None
+
+    def failed(why: str) -> None:
+        on_event(Notice(f"experts are multiplied by torch, one after the other, since the card's kernels fail: {why}"))
+
+    return device.grouped_kernels(weight_format, source.dtype, failed)

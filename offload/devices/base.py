@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cache.misses import MissRates
+    from offload.checkpoint.formats import WeightFormat
     from offload.compute.base import ExpertCompute
+    from offload.compute.grouped import GroupedKernels
     from offload.devices.clock import LoadTiming
 
 OnProgress = Callable[[int, int], None]
@@ -230,6 +232,15 @@ class Device(ABC):
     def experts(self, compute: ExpertCompute) -> ExpertCompute:
         """``compute`` as this device launches it."""
         return compute
+
+    def grouped_kernels(
+        self, weight_format: WeightFormat, dtype: torch.dtype, failed: Callable[[str], None]
+    ) -> GroupedKernels | None:
+        """What multiplies with all of an event's experts at once, where the device has such kernels for them.
+
+        Where it should have them but they do not work, ``failed`` is told why.
+        """
+        return None
 
     def out_of_memory(self, error: BaseException) -> bool:
         """Whether ``error`` says that the device's own memory is used up."""

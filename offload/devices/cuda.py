@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,10 @@ from offload.devices.cuda_passage import CudaPassage, measure
 from offload.devices.host_memory import HostMemory
 from offload.devices.segments import segment_slots, segments_of
 from offload.errors import BudgetError, DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from offload.checkpoint.formats import WeightFormat
+    from offload.compute.grouped import GroupedKernels
 
 _LIBRARIES_BYTES = 256 * 2**20
 """cuBLAS, its workspaces, and kernels that are loaded at their first use; the context is there when this is asked."""
@@ -285,6 +289,13 @@ class CudaDevice(Device):
                     setattr(module, name, QuantizedMatrix(value.layout, codes, params))
                 elif isinstance(value, torch.Tensor):
                     setattr(module, name, value.to(self.torch_device))
+
+    def grouped_kernels(
+        self, weight_format: WeightFormat, dtype: torch.dtype, failed: Callable[[str], None]
+    ) -> GroupedKernels | None:
+        from offload.compute.grouped import load_grouped
+
+        return load_grouped(self.torch_device, weight_format, dtype, failed)
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, torch.cuda.OutOfMemoryError)

@@ -1,8 +1,8 @@
 """GPTQ and AWQ against the libraries that wrote the formats: matrices that they packed, and what they make of them.
 
-``gptq-awq.safetensors`` was made once by AutoGPTQ 0.7.1 (``qlinear_cuda``: ``pack``, and the product with a unit
-matrix) and AutoAWQ 0.2.9 (``dequantize_gemm``) on the CPU. AutoGPTQ's product of 8 bits overflows there, so of those the
-file has the weights that went in.
+``gptq-awq.safetensors`` was made once by AutoGPTQ 0.7.1 (``qlinear_cuda``: ``pack`` and the product with a unit matrix)
+and AutoAWQ 0.2.9 (``dequantize_gemm``) on the CPU. AutoGPTQ's product of 8 bits overflows there, so of those it has the
+weights that went in.
 """
 
 from __future__ import annotations

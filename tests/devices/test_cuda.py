@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,76 +12,15 @@ from offload.devices import get_device
 from offload.devices.cuda import CudaFence, CudaHostArena, CudaLink, CudaSlotArena
 from offload.devices.cuda_passage import CudaPassage, measure
 from offload.errors import BudgetError, DeviceError, UsageError
+from tests.fake_cuda import CPU, FakeCuda
 
 SLOT = 4096
-CPU = torch.device("cpu")
-
-
-class FakeCuda:
-    """Streams and events that write down what is asked of them."""
-
-    def __init__(self) -> None:
-        self.log: list[tuple[str, ...]] = []
-        self.done = False
-        self.registered: list[tuple[int, int]] = []
-        self.refuse_pinning = False
-        self.made = {"stream": 0, "event": 0}
-        fake = self
-
-        class Stream:
-            def __init__(self, device: Any = None) -> None:
-                fake.made["stream"] += 1
-                self.name = f"stream{fake.made['stream']}"
-
-            def wait_event(self, event: Any) -> None:
-                fake.log.append((self.name, "wait", event.name))
-
-        class Event:
-            def __init__(self, enable_timing: bool = False) -> None:
-                fake.made["event"] += 1
-                self.name = f"event{fake.made['event']}"
-
-            def record(self, stream: Any) -> None:
-                fake.log.append((stream.name, "record", self.name))
-
-            def query(self) -> bool:
-                return fake.done
-
-            def synchronize(self) -> None:
-                fake.log.append(("host", "wait", self.name))
-
-            def elapsed_time(self, other: Any) -> float:
-                return 250.0
-
-        class Runtime:
-            @staticmethod
-            def cudaHostRegister(address: int, size: int, flags: int) -> int:
-                fake.registered.append((address, size))
-                return 2 if fake.refuse_pinning else 0
-
-            @staticmethod
-            def cudaHostUnregister(address: int) -> int:
-                fake.registered = [entry for entry in fake.registered if entry[0] != address]
-                return 0
-
-        self.Stream, self.Event = Stream, Event
-        self.kernels = Stream()
-        self.kernels.name = "kernels"
-        self.cudart = lambda: Runtime
-
-    @contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        self.log.append((stream.name, "enter"))
-        yield
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    for name in ("Stream", "Event", "stream", "cudart"):
-        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: fake.kernels)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: fake.log.append(("host", "empty")))
+    fake.install(monkeypatch)
     return fake
 
 
@@ -187,10 +125,7 @@ def test_fewer_slots_where_the_card_refuses_more(cuda: FakeCuda, monkeypatch: py
 
 
 @pytest.fixture
-def passage(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaPassage]:
-    monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda self, stream: cuda.log.append((stream.name, "keeps", "memory"))
-    )
+def passage(cuda: FakeCuda) -> Iterator[CudaPassage]:
     made = CudaPassage(CPU)
     yield made
     made.close()
