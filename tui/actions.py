@@ -88,6 +88,8 @@ ACTIONS = (
     Action("vram", TUNE, "show or change the budget for the memory of the GPU", (), "vram", "[SIZE]"),
     Action("trace", TUNE, "record the routing from now on, or write what was recorded to FILE.npz", (), "trace",
            "start|stop FILE"),
+    Action("tune", TUNE, "find out which policy suits the recorded routing; the result can be applied and kept", (),
+           "tune"),
     Action("plan", MODEL, "show where the memory goes", (), "plan"),
     Action("models", MODEL, "show what is on this machine and switch to it", ("f6",), "models"),
     Action("model", MODEL, "load another model: a folder, a hub id or demo", (), "model", "NAME"),

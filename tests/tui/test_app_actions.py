@@ -333,11 +333,11 @@ def test_the_map_says_what_is_under_the_cursor(tmp_path: Path) -> None:
             await pilot.pause()
             large = app.screen.query_one(ExpertMap)
             await pilot.press("right")
-            assert large.details == "layer 0 expert 0 · in RAM · used now · 5 hits, 0 misses"
+            assert large.details == "layer 0 expert 0 · in RAM · score - · used now · 5 hits, 0 misses"
             await pilot.press("right")
-            assert large.details == "layer 0 expert 1 · not in a slot · used now · 0 hits, 2 misses"
+            assert large.details == "layer 0 expert 1 · on disk · score 1 · used now · 0 hits, 2 misses"
             await pilot.press("down", "right")
-            assert large.details == "layer 1 expert 2 · not in a slot · never used · 0 hits, 0 misses"
+            assert large.details == "layer 1 expert 2 · on disk · score 12 · never used · 0 hits, 0 misses"
             await pilot.hover(ExpertMap, offset=(0, 0))
             assert large.cursor == (0, 0)
 

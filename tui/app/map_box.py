@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
@@ -14,6 +16,9 @@ from textual.widget import Widget
 from offload.events import CacheSnapshot
 from tui.app.look import Look
 from tui.expert_map import GLYPHS, Cell, Grid, describe, make_grid
+
+Score = Callable[[int, int], float | None]
+"""Of (layer, expert): what the policy goes by, see :meth:`offload.protocol.LiveEngine.expert_score`."""
 
 
 class ExpertMap(Widget, can_focus=True):
@@ -32,6 +37,7 @@ class ExpertMap(Widget, can_focus=True):
         super().__init__(id=id)
         self._look = look
         self._snapshot: CacheSnapshot | None = None
+        self._score: Score = lambda layer, expert: None
         self._grid: Grid | None = None
 
     @property
@@ -46,7 +52,8 @@ class ExpertMap(Widget, can_focus=True):
         if snapshot is None or grid is None:
             return "no model"
         if self.cursor is not None and self.cursor[0] < len(snapshot.layers):
-            return describe(snapshot, *self.cursor)
+            row, expert = self.cursor
+            return describe(snapshot, row, expert, self._score(snapshot.layers[row], expert))
         layers, experts = len(snapshot.layers), max(map(len, snapshot.states), default=0)
         cell = (
             ""
@@ -59,9 +66,9 @@ class ExpertMap(Widget, can_focus=True):
         self._look = look
         self.refresh()
 
-    def show(self, snapshot: CacheSnapshot) -> None:
-        """Show a new state."""
-        self._snapshot = snapshot
+    def show(self, snapshot: CacheSnapshot, score: Score) -> None:
+        """Show a new state; ``score`` is asked for the expert under the cursor."""
+        self._snapshot, self._score = snapshot, score
         self._make()
 
     def on_resize(self) -> None:
@@ -94,8 +101,10 @@ class ExpertMap(Widget, can_focus=True):
         grid, width, base = self._grid, self.size.width, self._look.base
         per_line = 1 if self.glyphs else 2
         rows = -(-len(grid.cells) // per_line) if grid is not None else 0
-        if y == min(rows, self.size.height - 1):
-            return Strip([Segment(self.details[:width], base + self._look.dim)]).adjust_cell_length(width, base)
+        if (line := y - min(rows, self.size.height - self._details_lines)) >= 0:
+            lines = fold(self.details, width)
+            text = lines[line] if line < len(lines) else ""
+            return Strip([Segment(text[:width], base + self._look.dim)]).adjust_cell_length(width, base)
         if grid is None:
             return Strip.blank(width, base)
         stretch = self._stretch(grid)
@@ -121,9 +130,14 @@ class ExpertMap(Widget, can_focus=True):
     def _make(self) -> None:
         if self._snapshot is None or self.size.width < 1:
             return
-        lines = max(1, self.size.height - 1)
+        lines = max(1, self.size.height - self._details_lines)
         self._grid = make_grid(self._snapshot, lines * (1 if self.glyphs else 2), self.size.width)
         self.refresh()
+
+    @property
+    def _details_lines(self) -> int:
+        """Lines kept for the details, so that the grid stays where it is whatever they say."""
+        return 1 if self.size.width >= 90 else 2 if self.size.width >= 56 else 3
 
     def _stretch(self, grid: Grid) -> int:
         """Columns of the screen for a cell: few experts fill the width, too."""
@@ -146,6 +160,7 @@ class ExpertMap(Widget, can_focus=True):
             return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
         fixed = {
             Cell.ABSENT: "#24283a" if self._dark() else "#e3e6f0",
+            Cell.HOSTED: "#4a3a66" if self._dark() else "#d9c8ee",
             Cell.LOADING: "#e0af68",
             Cell.HIT: "#9ece6a" if self._dark() else "#3f9c3a",
             Cell.MISSED: "#f7768e" if self._dark() else "#d03a3a",
@@ -154,3 +169,14 @@ class ExpertMap(Widget, can_focus=True):
 
     def _dark(self) -> bool:
         return self.app.current_theme.dark
+
+
+def fold(text: str, width: int) -> list[str]:
+    """``text`` in lines of at most ``width`` columns, broken where its parts end."""
+    lines: list[str] = []
+    for part in text.split(" · "):
+        if lines and len(lines[-1]) + 3 + len(part) <= width:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(part)
+    return lines

@@ -74,4 +74,4 @@ class Sidebar(Vertical):
         panel.show(panel_lines(now, list(self._speeds), list(self._hits), effect, width, roomy))
         map = self.query_one("#map", ExpertMap)
         if map.display:
-            map.show(snapshot)
+            map.show(snapshot, engine.expert_score)
