@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from multiprocessing import resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -151,6 +154,17 @@ def test_what_was_recorded_is_tuned_beside_the_engine(engine: Engine) -> None:
     with pytest.raises(KeyError, match="enough"):
         job(give_up)
     assert not multiprocessing.active_children()
+
+
+def test_the_replays_start_below_a_full_screen_program(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has put a stream without a descriptor in the place of stderr, which multiprocessing would hand on."""
+    finish((engine.start_trace(), engine.generate("Once upon a time", GREEDY))[1])
+    seen: list[int] = []
+    ensure = resource_tracker.ensure_running
+    monkeypatch.setattr(resource_tracker, "ensure_running", lambda: (seen.append(sys.stderr.fileno()), ensure()))
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(fileno=lambda: -1, flush=lambda: None, write=len))
+    assert engine.tune_job()(lambda event: None).notes
+    assert seen[0] >= 0
 
 
 def test_scores_are_those_of_the_policy(engine: Engine) -> None:

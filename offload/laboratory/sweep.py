@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from multiprocessing import resource_tracker
 
 from cache.tune import Laboratory, Score, Task
@@ -62,7 +63,8 @@ def _interrupts_wait() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # whose start would let the signal through again
+    with redirect_stderr(sys.__stderr__):  # a full-screen program has another in its place, without a descriptor
+        resource_tracker.ensure_running()  # whose start would let the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -75,6 +77,7 @@ def _start_worker(laboratory: Laboratory, aside: bool) -> None:
     _laboratory = laboratory
     if aside:
         os.nice(10)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the screen is somebody else's
 
 
 def _run(task: Task) -> tuple[Task, Score]:
