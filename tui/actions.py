@@ -54,7 +54,6 @@ ACTIONS = (
         "ask the last question again; a new answer replaces the old one",
         ("ctrl+r",),
         "retry",
-        footer="retry",
     ),
     Action("edit", CHAT, "take the last question back into the prompt, to send it changed", ("alt+up",), "edit"),
     Action("editor", CHAT, "write the message in $VISUAL or $EDITOR", ("ctrl+g",), "editor"),

@@ -112,7 +112,11 @@ def live_report(found: Mapping[str, Any], notes: Sequence[str], most: int = 12) 
     else:
         advice = f"**Change to {best['policy']}, scope {best['scope']}**: {gain} points of hit rate on {how}."
     rows = sorted(_best_of_each(dict(found)), key=_value, reverse=True)
-    ways = {(row["policy"], row["scope"]): row for row in rows if row["slots"] == found["slots"]}
+    ways = {
+        (row["policy"], row["scope"]): row
+        for row in rows
+        if row["slots"] == found["slots"] and row["policy"] != "belady"  # which only knows how far the others are below
+    }
     for way in (best, now):  # they may lie far down, or be other parameters of a policy that is in the list
         if not any(_is(row, way) for row in [*ways.values()][:most]):
             ways |= {(row["policy"], row["scope"]): row for row in found["results"] if _is(row, way)}

@@ -11,7 +11,7 @@ import pytest
 from offload.errors import RunLocalError
 from offload.events import LiveChanges, LoadProgress
 from offload.protocol import OnLoad, TuneReport
-from tests.tui.app_pilot import ask, engine_of, enter, go, host_of, make_app, notes, running, screen_text, until
+from tests.tui.app_pilot import ask, does, engine_of, enter, go, host_of, make_app, notes, running, screen_text, until
 from tests.tui.fake_engine import Answer
 from tests.tui.live_engine import tune_report
 from tui.app.tune_screen import TuneScreen
@@ -37,6 +37,7 @@ class Sweep:
             self.ended.set()
 
 
+@does("/tune")
 def test_progress_advice_applied_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     sweep = Sweep(tune_report())

@@ -116,7 +116,7 @@ def _status(app: ChatApp, done: Done, became_turn: bool) -> tuple[str, str]:
     """The line below an answer, and how it looks."""
     stats = done.stats
     parts = [
-        f"{figure(stats.decode_tokens_per_s)} tokens/s",
+        f"{figure(stats.decode_tokens_per_s)} tokens/s{' (simulated)' if stats.virtual else ''}",
         f"first token {figure(stats.ttft_s, ' s', 2)}",
         f"hit rate {percent(stats.experts.hit_rate)}",
         f"{done.new_tokens} tokens",

@@ -61,19 +61,17 @@ class ChatApp(CrashCatcher):
 
     CSS = """
     #main { height: 1fr; }
-    #talk { width: 1fr; }
+    #talk { width: 1fr; min-width: 12; }
     #title { height: 1; padding: 0 1; }
     #status { height: 1; padding: 0 2; display: none; }
     Screen { background: $background; }
     """
     TITLE = "run-local"
     ENABLE_COMMAND_PALETTE = True
-    COMMAND_PALETTE_BINDING = BY_NAME["palette"].keys[0]
-    COMMAND_PALETTE_DISPLAY = key_name(COMMAND_PALETTE_BINDING)
     BINDINGS = [  # noqa: RUF012 - as Textual wants it
         Binding(
             ",".join(action.keys),
-            f"act('{action.name}')",
+            "command_palette" if action.name == "palette" else f"act('{action.name}')",
             action.footer or action.help,
             show=bool(action.footer),
             priority=True,
@@ -81,7 +79,7 @@ class ChatApp(CrashCatcher):
             key_display=key_name(action.keys[0]),
         )
         for action in ACTIONS
-        if action.keys and action.scope == "app" and action.name != "palette"
+        if action.keys and action.scope == "app"
     ]
 
     def __init__(
@@ -154,7 +152,7 @@ class ChatApp(CrashCatcher):
                 yield PromptBox(self._history, self.look_settings.keys, id="prompt")
             yield Drawer(look, id="drawer")
             yield Sidebar(look, id="side")
-        yield Footer()
+        yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
         if not self.is_headless:
@@ -273,8 +271,8 @@ class ChatApp(CrashCatcher):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """A screen over the chat has keys of its own; there the app's mean nothing but these."""
-        if action == "act" and len(self.screen_stack) > 1:
-            return parameters[0] in ("quit", "suspend")
+        if action in ("act", "command_palette") and len(self.screen_stack) > 1:
+            return parameters[:1] in (("quit",), ("suspend",))
         return super().check_action(action, parameters)
 
     def action_act(self, name: str) -> None:

@@ -16,6 +16,7 @@ from textual.widget import Widget
 from offload.events import CacheSnapshot
 from tui.app.look import Look
 from tui.expert_map import GLYPHS, Cell, Grid, describe, make_grid
+from tui.panel import Line
 
 Score = Callable[[int, int], float | None]
 """Of (layer, expert): what the policy goes by, see :meth:`offload.protocol.LiveEngine.expert_score`."""
@@ -61,6 +62,23 @@ class ExpertMap(Widget, can_focus=True):
             else (f" · a cell is {grid.layers_each} x {grid.experts_each}")
         )
         return f"{layers} layers x {experts} experts{cell}"
+
+    @property
+    def legend(self) -> Line:
+        """What the cells mean, each as it looks."""
+        tiers = [tier.name for tier in self._snapshot.tiers] if self._snapshot is not None else []
+        meanings = {Cell.HIT: "hit", Cell.MISSED: "missed", Cell.LOADING: "on its way"}
+        meanings[Cell.RESIDENT] = f"in {tiers[0]}" if tiers else "resident"
+        if len(tiers) > 1:
+            meanings[Cell.HOSTED] = f"in {tiers[1]}"
+        meanings[Cell.ABSENT] = "on disk"
+        if self.glyphs:
+            return [("  ".join(f"{GLYPHS[cell]} {text}" for cell, text in meanings.items()), "")]
+        return [
+            piece
+            for cell, text in meanings.items()
+            for piece in (("■ ", self._cell_color(cell, 1.0)), (f"{text}  ", ""))
+        ]
 
     def set_look(self, look: Look) -> None:
         self._look = look
@@ -155,6 +173,9 @@ class ExpertMap(Widget, can_focus=True):
             at = (self.cursor[0] // grid.layers_each, self.cursor[1] // grid.experts_each)
             if at == (row, column):
                 return "#ffffff" if self._dark() else "#000000"
+        return self._cell_color(cell, share)
+
+    def _cell_color(self, cell: Cell, share: float) -> str:
         if cell is Cell.RESIDENT:
             low, high = ((38, 48, 84), (76, 108, 196)) if self._dark() else ((206, 216, 242), (96, 128, 210))
             return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))

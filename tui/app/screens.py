@@ -17,6 +17,7 @@ from offload.events import CacheSnapshot
 from tui.app.entries import Document
 from tui.app.look import Look
 from tui.app.map_box import ExpertMap, Score
+from tui.app.panel_box import LineBox
 from tui.app.transcript import Transcript
 from tui.text import one_line
 
@@ -207,7 +208,8 @@ class MapScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical() as box:
             box.border_title = "experts: layers down, experts across"
-            box.border_subtitle = "blue resident · green hit · red missed · yellow loading · arrows, mouse · Esc closes"
+            box.border_subtitle = "arrows or mouse tell of one · Esc closes"
+            yield LineBox(self._look, id="legend")
             yield ExpertMap(self._look, id="large-map")
 
     def on_mount(self) -> None:
@@ -217,6 +219,7 @@ class MapScreen(ModalScreen[None]):
         """Show a new state; ``score`` is the engine's."""
         for map in self.query(ExpertMap):
             map.show(snapshot, score)
+            self.query_one("#legend", LineBox).show([map.legend])
 
 
 def _label(item: Item) -> str:
