@@ -498,3 +498,16 @@ def test_a_tiny_terminal_is_no_reason_to_fail(size: tuple[int, int], tmp_path: P
             assert "›" in screen_text(app)
 
     go(test())
+
+
+def test_the_panel_comes_and_goes_with_the_width(tmp_path: Path) -> None:
+    async def test() -> None:
+        app = make_app(tmp_path)
+        async with running(app, (140, 50)) as pilot:
+            assert app.sidebar.display and app.query_one("#map").display
+            for size, panel, map in (((80, 24), False, False), ((140, 30), True, False), ((300, 90), True, True)):
+                await pilot.resize_terminal(*size)
+                await pilot.pause()
+                assert (app.sidebar.display, app.query_one("#map").display) == (panel, map), size
+
+    go(test())

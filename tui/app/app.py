@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical
+from textual.geometry import Size
 from textual.message import Message
 from textual.screen import Screen as TextualScreen
 from textual.widgets import Footer
@@ -211,18 +212,18 @@ class ChatApp(CrashCatcher):
 
     # looks
 
-    def arrange(self) -> None:
-        """Decide what has room."""
-        width, height = self.size
+    def arrange(self, size: Size | None = None) -> None:
+        """Decide what has room, in a terminal of ``size`` (default: as it is)."""
+        width, height = size or self.size
         shown = self.panel_wanted if self.panel_wanted is not None else width >= WIDE
         drawer = self.drawer.display and width < WIDE + 30
         self.sidebar.display = shown and not drawer
         self.sidebar.show_map(height >= TALL and self.look_settings.map)
         self.screen_stack[0].query_one("#status").display = not self.sidebar.display
 
-    def on_resize(self) -> None:
+    def on_resize(self, event: events.Resize) -> None:
         if self.screen_stack[0].query("#side"):
-            self.arrange()
+            self.arrange(event.size)  # the app's own size is still the old one
             self.call_after_refresh(self.show_figures)
 
     def show_title(self) -> None:
