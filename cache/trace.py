@@ -114,6 +114,16 @@ class TraceRecorder:
         with _replacing(path) as file:
             _write(file, self._meta, self._spool.length, self._spool.column)
 
+    def trace(self) -> Trace:
+        """What was recorded so far, in memory; recording goes on. Raises OSError if the spool cannot be read."""
+        self._flush()
+        types = COLUMNS | {"ids": np.int16, "weights": np.float16}
+        columns: dict[str, Any] = {}
+        for name, dtype in types.items():
+            column = np.frombuffer(b"".join(self._spool.column(name)), dtype)
+            columns[name] = column.reshape(len(self), -1) if name in ("ids", "weights") else column
+        return Trace(**columns, meta=dict(self._meta))
+
     def _flush(self) -> None:
         if not self._events:
             return

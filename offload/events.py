@@ -221,11 +221,12 @@ class Planned:
 
 
 class ExpertState(IntEnum):
-    """Where a record stands in the device's slots."""
+    """Where a record stands: in the device's slots, or, of those that are not there, in host memory behind them."""
 
     ABSENT = 0
     LOADING = 1
     READY = 2
+    HOSTED = 3
 
 
 @dataclass(frozen=True, slots=True)

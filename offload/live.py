@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache.expert_cache import SlotState
+from cache.keys import ExpertKey
 from cache.policies import runtime_policies
-from cache.trace import TraceRecorder
+from cache.trace import Trace, TraceRecorder
 from cache.usage import ExpertUsage
 from offload.config import MISSES, PREFETCHES, SCOPES, EngineSettings
 from offload.errors import RunLocalError, UsageError
@@ -22,6 +23,7 @@ from offload.memory.tier_plan import TierPlan
 from offload.memory.tiers import TieredLoads
 from offload.meter import Tally
 from offload.model.experts import ExpertRuntime
+from offload.protocol import TuneJob
 
 RECENT_TOKENS = 64
 _STATES = {SlotState.LOADING: ExpertState.LOADING, SlotState.READY: ExpertState.READY}
@@ -76,6 +78,9 @@ class LiveView:
         usage, cache = self._usage, self._runtime.cache
         rows = {layer: bytearray(len(row)) for layer, row in zip(usage.layers, usage.hits, strict=True)}
         occupied, memory = cache.occupancy(), self._storage.device.memory()
+        if isinstance(loads := self._storage.loads, TieredLoads):
+            for layer, expert in loads.tier.resident():
+                rows[layer][expert] = ExpertState.HOSTED
         for (layer, expert), state in occupied:
             rows[layer][expert] = _STATES[state]
         return CacheSnapshot(
@@ -95,6 +100,15 @@ class LiveView:
             vram_bytes=None if memory is None else memory.used,
             current=_current(now.settings, now.plan),
         )
+
+    @property
+    def slots(self) -> int:
+        """Of the device."""
+        return self._runtime.cache.slots
+
+    def expert_score(self, layer: int, expert: int) -> float | None:
+        """See :meth:`offload.protocol.LiveEngine.expert_score`."""
+        return self._runtime.cache.policy.score_now(ExpertKey(layer, expert))
 
     def _sums(self) -> tuple[float, ...]:
         counters, transfers = self._runtime.cache.counters.decode, self._runtime.transfers
@@ -142,6 +156,18 @@ class Recording:
         rows, self._own, self._runtime.recorder = len(self._own), None, None
         return rows
 
+    def so_far(self) -> Trace:
+        """What was recorded, by :meth:`start` or for ``--trace-out``. Raises UsageError if there is nothing."""
+        recorder = self._runtime.recorder
+        if recorder is None:
+            raise UsageError("nothing is being recorded; start it first")
+        if not len(recorder):
+            raise UsageError("nothing was recorded yet; ask something first")
+        try:
+            return recorder.trace()
+        except OSError as error:
+            raise RunLocalError(f"the recorded routing cannot be read ({error.strerror or error})") from error
+
 
 def save_file(save: Callable[[Path], None], path: Path, source: str = "") -> None:
     """``save(path)``. Raises RunLocalError, beginning with ``source``, if the file cannot be written."""
@@ -179,6 +205,17 @@ class LiveMethods(ABC):
     def stop_trace(self, path: Path) -> int:
         """See :meth:`offload.protocol.LiveEngine.stop_trace`."""
         return self._recording.stop(path)
+
+    def tune_job(self) -> TuneJob:
+        """See :meth:`offload.protocol.LiveEngine.tune_job`."""
+        from offload.laboratory.beside import BesideTuning
+
+        watched = self._watched()
+        return BesideTuning(self._recording.so_far(), self._live.slots, watched.settings.policy, watched.settings.scope)
+
+    def expert_score(self, layer: int, expert: int) -> float | None:
+        """See :meth:`offload.protocol.LiveEngine.expert_score`."""
+        return self._live.expert_score(layer, expert)
 
 
 def _current(settings: EngineSettings, plan: AnyPlan) -> LiveChanges:

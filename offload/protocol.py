@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from offload.config import EngineSettings, SamplingSettings
 from offload.events import CacheSnapshot, Event, LiveChanges, LoadProgress, Notice, Planned, RowEvent, RunStats
@@ -121,6 +121,29 @@ class BenchEngine(ChatEngine, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class TuneReport:
+    """What suits the routing of a talk. ``found`` is what ``tune --json`` prints; ``changes`` make the engine follow
+    the advice (all None: what it has is best), ``flags`` make another run do so. ``notes`` are lines for the user."""
+
+    found: Mapping[str, Any]
+    changes: LiveChanges
+    flags: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+class TuneJob(Protocol):
+    """A sweep over the routing of a talk up to a moment. It needs the engine no longer."""
+
+    def __call__(self, on_event: Callable[[LoadProgress], None]) -> TuneReport:
+        """Run it, on any thread; the replays have processes of their own. What ``on_event`` raises ends it, and comes
+        out of here.
+
+        Raises RunLocalError if nothing can be learned from the trace.
+        """
+        ...
+
+
 class LiveEngine(ChatEngine, Protocol):
     """An engine that can be watched and changed while it answers."""
 
@@ -148,6 +171,19 @@ class LiveEngine(ChatEngine, Protocol):
         """End the recording and write it to ``path``; returns its rows. On the engine's thread.
 
         Raises UsageError if :meth:`start_trace` began none, RunLocalError if it cannot be written (it goes on then).
+        """
+        ...
+
+    def tune_job(self) -> TuneJob:
+        """A sweep over what was recorded so far, for the slots that there are. On the engine's thread; cheap.
+
+        Raises UsageError if nothing is being recorded or nothing was.
+        """
+        ...
+
+    def expert_score(self, layer: int, expert: int) -> float | None:
+        """What the policy goes by: of the resident records the one with the lowest score goes first. None: it keeps no
+        scores, or knows nothing of this one. Safe from any thread; may be that of a moment before.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from offload.config import SamplingSettings
 from offload.devices.simulated import VramExhausted
 from offload.engine import Engine
 from offload.errors import BudgetError, ExpertFileError, UsageError
-from offload.events import Done, LiveChanges, Notice, PrefillProgress, RunStats
+from offload.events import Done, ExpertState, LiveChanges, Notice, PrefillProgress, RunStats
 from offload.memory.tier_plan import TierPlan
 from offload.memory.tiers import TieredLoads
 from tests.engines import finish, open_tiny
@@ -167,6 +168,19 @@ def test_a_run_takes_the_same_virtual_time_every_time(checkpoint: Path, packs: P
     assert faster.seconds.total < first.seconds.total
     assert faster.seconds.stall_disk < first.seconds.stall_disk
     json.dumps(first.to_json(), allow_nan=False)
+
+
+def test_a_snapshot_tells_the_tiers_apart(checkpoint: Path, packs: Path) -> None:
+    with open_tiny(checkpoint, packs, device="simulated", residency=0.3, tiers="exclusive") as engine:
+        finish(engine.generate(PROMPT, VARIED))
+        snapshot, stats = engine.snapshot(), engine.stats()
+    device, host = snapshot.tiers
+    assert (device.name, host.name) == ("VRAM", "RAM") and stats.host_tier is not None
+    assert (device.hits, host.hits) == (stats.experts.hits, stats.host_tier.hits) and host.hits > 0
+    counted = Counter(state for row in snapshot.states for state in row)
+    assert counted[ExpertState.READY] == device.used == engine.plan.slots
+    assert counted[ExpertState.HOSTED] == host.used > 0  # a record is in one tier
+    assert all(token.link_bytes is not None and token.stall_link is not None for token in snapshot.recent)
 
 
 def test_vram_is_bounded(engine: Engine) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from multiprocessing import resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +17,7 @@ from cache.trace import load_trace
 from offload.config import DEFAULT_POLICY, SamplingSettings
 from offload.engine import Engine
 from offload.errors import RunLocalError, UsageError
-from offload.events import CacheSnapshot, Done, ExpertState, LiveChanges, Token
+from offload.events import CacheSnapshot, Done, ExpertState, LiveChanges, LoadProgress, Token
 from tests.engines import GREEDY, finish, open_tiny
 from tests.tiny_models import build_tiny
 
@@ -118,6 +122,60 @@ def test_trace_out_is_not_ended_by_a_recording(checkpoint: Path, packs: Path, tm
             engine.stop_trace(tmp_path / "part.npz")
         finish(engine.generate("Once upon a time", GREEDY))
     assert len(load_trace(tmp_path / "all.npz").ids)
+
+
+def test_what_was_recorded_is_tuned_beside_the_engine(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="nothing is being recorded"):
+        engine.tune_job()
+    engine.start_trace()
+    with pytest.raises(UsageError, match="ask something first"):
+        engine.tune_job()
+    for question in ("Once upon a time", "Another question", "And a third"):
+        finish(engine.generate(question, GREEDY))
+    job = engine.tune_job()
+    finish(engine.generate("More that comes too late", GREEDY))
+
+    steps: list[LoadProgress] = []
+    report = job(steps.append)
+    assert steps[0].done == 0 and steps[-1].done == steps[-1].total == len(steps) - 1
+    assert report.found["requests"] == 3 and report.found["slots"] == engine.plan.slots
+    advice = report.found["advice"][0]
+    assert advice["default"]["policy"] == DEFAULT_POLICY
+    assert not any(row["learn"] for row in report.found["results"]), "nothing that a running engine cannot change to"
+    assert dict(report.flags)["--policy"] == advice["policy"]
+    assert (report.changes == LiveChanges()) == advice["is_default"]
+    engine.change(report.changes)
+    assert engine.snapshot().current.policy == advice["policy"]
+
+    def give_up(event: LoadProgress) -> None:
+        if event.done:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        job(give_up)
+    assert not multiprocessing.active_children()
+
+
+def test_the_replays_start_below_a_full_screen_program(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has put a stream without a descriptor in the place of stderr, which multiprocessing would hand on."""
+    finish((engine.start_trace(), engine.generate("Once upon a time", GREEDY))[1])
+    seen: list[int] = []
+    ensure = resource_tracker.ensure_running
+    monkeypatch.setattr(resource_tracker, "ensure_running", lambda: (seen.append(sys.stderr.fileno()), ensure()))
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(fileno=lambda: -1, flush=lambda: None, write=len))
+    assert engine.tune_job()(lambda event: None).notes
+    assert seen[0] >= 0
+
+
+def test_scores_are_those_of_the_policy(engine: Engine) -> None:
+    assert engine.expert_score(99, 0) is None
+    finish(engine.generate("Once upon a time", GREEDY))
+    snapshot = engine.snapshot()
+    used = next(expert for expert, last in enumerate(snapshot.last_use[0]) if last == snapshot.forward)
+    score = engine.expert_score(snapshot.layers[0], used)
+    assert score is not None and score > 0
+    engine.change(LiveChanges(policy="lru"))
+    assert engine.expert_score(snapshot.layers[0], used) is None
 
 
 def test_the_names_that_can_be_chosen(engine: Engine) -> None:

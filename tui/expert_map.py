@@ -16,13 +16,14 @@ class Cell(IntEnum):
     """What a cell shows; of the experts that share one, the highest wins."""
 
     ABSENT = 0
-    RESIDENT = 1
-    LOADING = 2
-    HIT = 3
-    MISSED = 4
+    HOSTED = 1
+    RESIDENT = 2
+    LOADING = 3
+    HIT = 4
+    MISSED = 5
 
 
-GLYPHS = {Cell.ABSENT: "·", Cell.RESIDENT: "o", Cell.LOADING: ">", Cell.HIT: "#", Cell.MISSED: "x"}
+GLYPHS = {Cell.ABSENT: "·", Cell.HOSTED: "-", Cell.RESIDENT: "o", Cell.LOADING: ">", Cell.HIT: "#", Cell.MISSED: "x"}
 """For screens without colours."""
 
 
@@ -48,7 +49,8 @@ def expert_cell(snapshot: CacheSnapshot, row: int, expert: int) -> Cell:
             return Cell.HIT
     if state == ExpertState.LOADING:
         return Cell.LOADING
-    return Cell.RESIDENT if state == ExpertState.READY else Cell.ABSENT
+    kept = {ExpertState.READY: Cell.RESIDENT, ExpertState.HOSTED: Cell.HOSTED}
+    return kept.get(ExpertState(state), Cell.ABSENT)
 
 
 def make_grid(snapshot: CacheSnapshot, rows: int, columns: int) -> Grid:
@@ -67,6 +69,7 @@ def make_grid(snapshot: CacheSnapshot, rows: int, columns: int) -> Grid:
             ready = states.count(ExpertState.READY)
             best = max((lit[row].get(e, 0) for row in some for e in _used(lit[row], left, experts_each)), default=0)
             best = max(best, Cell.LOADING if ExpertState.LOADING in states else 0, Cell.RESIDENT if ready else 0)
+            best = best or (Cell.HOSTED if ExpertState.HOSTED in states else 0)
             cell_row.append(Cell(best))
             share_row.append(ready / len(states) if states else 0.0)
         cells.append(tuple(cell_row))
@@ -91,17 +94,18 @@ def _used(lit: dict[int, int], left: int, count: int) -> list[int]:
     return [expert for expert in lit if left <= expert < left + count]
 
 
-def describe(snapshot: CacheSnapshot, row: int, expert: int) -> str:
-    """One line about one expert of the ``row``-th layer."""
+def describe(snapshot: CacheSnapshot, row: int, expert: int, score: float | None = None) -> str:
+    """One line about one expert of the ``row``-th layer; ``score`` is the policy's."""
     layer = snapshot.layers[row]
     if expert >= len(snapshot.states[row]):
         return f"layer {layer} has {len(snapshot.states[row])} experts"
     state = ExpertState(snapshot.states[row][expert])
-    tier = snapshot.tiers[0].name if snapshot.tiers else "a slot"
+    names = [tier.name for tier in snapshot.tiers] or ["a slot"]
     where = {
-        ExpertState.ABSENT: "not in a slot",
-        ExpertState.LOADING: f"on its way to {tier}",
-        ExpertState.READY: f"in {tier}",
+        ExpertState.ABSENT: "on disk",
+        ExpertState.LOADING: f"on its way to {names[0]}",
+        ExpertState.READY: f"in {names[0]}",
+        ExpertState.HOSTED: f"in {names[-1]}",
     }
     used = snapshot.last_use[row][expert]
     ago = snapshot.forward - used
@@ -109,4 +113,7 @@ def describe(snapshot: CacheSnapshot, row: int, expert: int) -> str:
         "never used" if used < 0 else "used now" if ago == 0 else f"used {ago} {'pass' if ago == 1 else 'passes'} ago"
     )
     hits, misses = snapshot.hits[row][expert], snapshot.misses[row][expert]
-    return f"layer {layer} expert {expert} · {where[state]} · {when} · {hits} hits, {misses} misses"
+    return (
+        f"layer {layer} expert {expert} · {where[state]} · score {'-' if score is None else f'{score:.3g}'} · {when} · "
+        f"{hits} hits, {misses} misses"
+    )

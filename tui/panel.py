@@ -9,7 +9,7 @@ from tui.figures import Effect, Figures
 from tui.status import figure, percent
 
 Piece = tuple[str, str]
-"""A text and how it looks: "" plain, "dim", "title", "good", "warm", "bad"."""
+"""A text and how it looks: "" plain, "dim", "title", "good", "warm", "bad", or a colour, "#rrggbb"."""
 Line = list[Piece]
 _BARS = "▁▂▃▄▅▆▇█"
 _LABEL = 12
@@ -63,7 +63,7 @@ def panel_lines(
     Rows of a tier that does not exist are left out.
     """
     lines: list[Line] = [
-        _title("Speed"),
+        _title("Speed (simulated)" if figures.virtual else "Speed"),
         _row(
             "tokens/s", f"{figure(figures.tokens_per_s)} now, {figure(figures.mean_tokens_per_s)} mean", "good", width
         ),
@@ -74,6 +74,8 @@ def panel_lines(
     ]
     if figures.vram_budget is not None:
         lines += _meter("VRAM", figures.vram_used, figures.vram_budget, format_size, width)
+        if figures.vram_set_aside:
+            lines.append(_row("", f"+ {format_size(figures.vram_set_aside)} for its context", "dim", width))
     lines += _meter("RAM", figures.ram_used, figures.ram_budget, format_size, width)
     for tier in figures.tiers:
         lines.append(_row(f"{tier.name} slots", f"{tier.used} of {tier.slots} hold experts", "", width))
@@ -99,7 +101,11 @@ def panel_lines(
     if figures.prefetched:
         wasted = figures.prefetched - figures.prefetch_used
         lines.append(_row("prefetch", f"{figures.prefetch_used} used, {wasted} wasted", "", width))
-    lines += [_title("Time"), *_time(figures, width), *effect_lines(effect, width)]
+    lines += [
+        _title("Time (simulated)" if figures.virtual else "Time"),
+        *_time(figures, width),
+        *effect_lines(effect, width),
+    ]
     if not roomy:
         return lines
     return [part for line in lines for part in ([[], line] if line[0][1] == "title" else [line])]

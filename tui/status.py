@@ -22,7 +22,7 @@ def status_line(done: Done, engine: ChatEngine) -> str:
     read = stats.bytes.per_decode_token
     return " | ".join(
         (
-            f"{figure(stats.decode_tokens_per_s)} tokens/s",
+            f"{figure(stats.decode_tokens_per_s)} tokens/s{' (simulated)' if stats.virtual else ''}",
             f"first token {figure(stats.ttft_s, ' s', 2)}",
             f"hit rate {percent(stats.experts.hit_rate)} (session {percent(engine.stats().experts.hit_rate)})",
             f"read {figure(None if read is None else read / 1e6, ' MB')} a token",

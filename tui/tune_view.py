@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tui.charts import Curve, curves
@@ -97,3 +97,44 @@ def _cells(row: dict[str, Any], speed: bool) -> list[str]:
     below = "" if row["below_belady"] is None else f"{100 * row['below_belady']:.1f}"
     cells = [f"{100 * row['hit_rate']:.2f}", spread, below]
     return [*cells, f"{row['tokens_per_s']:.2f}"] if speed else cells
+
+
+def live_report(found: Mapping[str, Any], notes: Sequence[str], most: int = 12) -> str:
+    """What ``/tune`` found, as Markdown: the advice, and the best ways with what is used now among them."""
+    one = next(one for one in found["advice"] if one["slots"] == found["slots"])
+    now, best = one["default"], {"policy": one["policy"], "scope": one["scope"]}
+    how = "questions that took no part in the choice" if one["cross_validated"] else "the question it was chosen by"
+    gain = f"{100 * one['gain']:+.2f}"
+    if one["gain_spread"] is not None:
+        gain += f" ± {100 * one['gain_spread']:.2f}"
+    if one["is_default"]:
+        advice = f"**Keep {now['policy']}, scope {now['scope']}**: choosing among the others gains nothing on {how}."
+    else:
+        advice = f"**Change to {best['policy']}, scope {best['scope']}**: {gain} points of hit rate on {how}."
+    rows = sorted(_best_of_each(dict(found)), key=_value, reverse=True)
+    ways = {
+        (row["policy"], row["scope"]): row
+        for row in rows
+        if row["slots"] == found["slots"] and row["policy"] != "belady"  # which only knows how far the others are below
+    }
+    for way in (best, now):  # they may lie far down, or be other parameters of a policy that is in the list
+        if not any(_is(row, way) for row in [*ways.values()][:most]):
+            ways |= {(row["policy"], row["scope"]): row for row in found["results"] if _is(row, way)}
+    lines = ["| policy | scope | hit rate | below Belady | |", "| --- | --- | ---: | ---: | --- |"]
+    for number, row in enumerate(sorted(ways.values(), key=_value, reverse=True)):
+        marks = [mark for mark, way in (("now", now), ("advice", best)) if _is(row, way)]
+        if number < most or marks:
+            below = f"{100 * row['below_belady']:.2f}"
+            lines.append(
+                f"| {row['policy']} | {row['scope']} | {100 * row['hit_rate']:.2f} % | {below} | {', '.join(marks)} |"
+            )
+    questions = f"{found['requests']} question{'' if found['requests'] == 1 else 's'}"
+    what = (
+        f"{questions} replayed ({found['events']} events) with {found['slots']} slots, "
+        f"{100 * one['residency']:.3g} % of the experts, from an empty cache."
+    )
+    return "\n\n".join([advice, *(f"*{note}*" for note in notes), what, "\n".join(lines)])
+
+
+def _is(row: Mapping[str, Any], way: Mapping[str, Any]) -> bool:
+    return bool((row["policy"], row["scope"]) == (way["policy"], way["scope"]))

@@ -47,6 +47,12 @@ def changes(name: str, text: str) -> LiveChanges:
     return LiveChanges(**{name: BY_NAME[name].read(text.strip())})
 
 
+def describe_all(before: LiveChanges, after: LiveChanges) -> str:
+    """``policy lru → ewma, scope layer → global``: what ``after`` changes."""
+    new = {field.name: value for field in FIELDS if (value := getattr(after, field.name)) is not None}
+    return ", ".join(describe(name, before, BY_NAME[name].show(value)) for name, value in new.items())
+
+
 def describe(name: str, before: LiveChanges, text: str) -> str:
     """``policy lru → ewma``."""
     old = getattr(before, name)

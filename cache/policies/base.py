@@ -92,5 +92,13 @@ class Policy(ABC):
     def resident(self) -> set[ExpertKey]:
         """The keys that were admitted and not evicted since."""
 
+    def score_now(self, key: ExpertKey) -> float | None:
+        """What the policy holds of ``key`` at this moment, for people to look at: the lowest of the residents goes
+        first. None if it keeps no such figure, or none of this key.
+
+        Other threads may call it; it may give the figure of a moment before.
+        """
+        return None
+
     def check_integrity(self) -> None:  # noqa: B027 - a policy without inner structures has nothing to check
         """Assert that the policy's own structures agree with each other. For tests."""

@@ -41,6 +41,9 @@ class EWMA(ScoredPolicy):
         score = self._log2_score.get(key)
         return 0.0 if score is None else 2.0 ** (score - self._clock[key.layer] / self._half_life)
 
+    def score_now(self, key: ExpertKey) -> float | None:
+        return self.uses(key)
+
     def update_scores(self, keys: Sequence[ExpertKey]) -> None:
         for layer in {key[0] for key in keys}:
             self._clock[layer] += 1

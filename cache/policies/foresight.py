@@ -150,6 +150,17 @@ class Foresight(Policy):
             ExpertKey(self._numbers[at], expert) for at, expert in zip(rows.tolist(), experts.tolist(), strict=True)
         }
 
+    def score_now(self, key: ExpertKey) -> float | None:
+        """The foretold uses of the key, resident or not."""
+        at, uses = self._index.get(key.layer), self._uses
+        if at is None or at >= len(uses) or key.expert >= uses.shape[1]:
+            return None
+        total, last = self._total[at], self._last[at]
+        score = float(uses[at, key.expert]) * (self._mix / total if total else 0.0)
+        if last is not None and key.expert < len(last.uses):
+            score += float(last.uses[key.expert])
+        return score
+
     def train(self, events: Events) -> None:
         """Learn from the events of other requests."""
         for number, experts in zip(events.layer.tolist(), events.sets(), strict=True):

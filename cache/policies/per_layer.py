@@ -43,6 +43,10 @@ class PerLayer(Policy):
     def resident(self) -> set[ExpertKey]:
         return {key for policy in self._of.values() for key in policy.resident()}
 
+    def score_now(self, key: ExpertKey) -> float | None:
+        policy = self._of.get(key.layer)
+        return None if policy is None else policy.score_now(key)
+
     def check_integrity(self) -> None:
         for layer, policy in self._of.items():
             policy.check_integrity()

@@ -86,6 +86,9 @@ class ScoredPolicy(Policy):
     def resident(self) -> set[ExpertKey]:
         return set(self._entry)
 
+    def score_now(self, key: ExpertKey) -> float | None:
+        return self.score(key)
+
     def check_integrity(self) -> None:
         assert self._admitted.keys() == self._entry.keys(), "residents are known in both places"
         found = Counter(key for _, tick, key in self._heap if tick >= self._admitted.get(key, self._ticks + 1))

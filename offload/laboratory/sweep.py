@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from multiprocessing import resource_tracker
 
 from cache.tune import Laboratory, Score, Task
@@ -16,13 +17,19 @@ _STAGE = "replaying"
 _laboratory: Laboratory | None = None  # of a worker process, which serves one sweep
 
 
-def run_sweep(laboratory: Laboratory, jobs: int | None, on_event: Callable[[LoadProgress], None]) -> dict[Task, Score]:
+def run_sweep(
+    laboratory: Laboratory, jobs: int | None, on_event: Callable[[LoadProgress], None], *, aside: bool = False
+) -> dict[Task, Score]:
     """The scores of all tasks; ``jobs`` None takes as many processes as the process may use cores.
 
-    After Ctrl-C, and after any error, no process is left.
+    With ``aside`` this process has something else to do meanwhile: half of the cores are used, at a low priority, and
+    nothing is replayed in this process. After Ctrl-C, and after any error, one that ``on_event`` raises included, no
+    process is left.
     """
     tasks = laboratory.tasks()
-    jobs = min(_cores() if jobs is None else jobs, len(tasks))
+    if jobs is None:
+        jobs = max(1, _cores() // 2) if aside else _cores()
+    jobs = min(jobs, len(tasks))
     scores: dict[Task, Score] = {}
 
     def took(task: Task, score: Score) -> None:
@@ -30,13 +37,13 @@ def run_sweep(laboratory: Laboratory, jobs: int | None, on_event: Callable[[Load
         on_event(LoadProgress(_STAGE, len(scores), len(tasks), "steps"))
 
     on_event(LoadProgress(_STAGE, 0, len(tasks), "steps"))
-    if jobs <= 1:
+    if jobs <= 1 and not aside:
         for task in tasks:
             took(task, laboratory.run(task))
         return scores
     # fresh processes: a fork would copy the locks of the progress bar's thread in whatever state they are
     with _interrupts_wait():
-        pool = multiprocessing.get_context("spawn").Pool(jobs, _start_worker, (laboratory,))
+        pool = multiprocessing.get_context("spawn").Pool(jobs, _start_worker, (laboratory, aside))
     with pool:
         for task, score in pool.imap_unordered(_run, tasks):
             took(task, score)
@@ -56,7 +63,8 @@ def _interrupts_wait() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # whose start would let the signal through again
+    with redirect_stderr(sys.__stderr__):  # a full-screen program has another in its place, without a descriptor
+        resource_tracker.ensure_running()  # whose start would let the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -64,9 +72,12 @@ def _interrupts_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(laboratory: Laboratory) -> None:
+def _start_worker(laboratory: Laboratory, aside: bool) -> None:
     global _laboratory
     _laboratory = laboratory
+    if aside:
+        os.nice(10)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the screen is somebody else's
 
 
 def _run(task: Task) -> tuple[Task, Score]:

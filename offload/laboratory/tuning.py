@@ -106,17 +106,45 @@ def run_tune(request: TuneRequest, default: tuple[str, str], on_event: Callable[
 
     Raises UsageError for flags that make no sense, RunLocalError for traces that cannot be read.
     """
-    hardware = _hardware(request.hardware)
-    try:
-        specs = [spec for text in request.policy for spec in split_specs(text)] or default_specs()
-        predictors = [None if name == "off" else name for name in request.predictor]
-        wanted = candidates(specs, request.scope, predictors)
-    except TuneError as error:
-        raise UsageError(f"--policy or --scope: {error}") from error
+    hardware, wanted = _hardware(request.hardware), _candidates(request)
     trace = read_traces(request.traces)
     trace = select(trace, requests_of(trace)[: request.requests]) if request.requests else trace
     if not len(trace):
         raise RunLocalError(f"{request.traces[0]}: the trace is empty: record some answers with --trace-out FILE")
+    return _sweep(request, trace, hardware, wanted, default, on_event)
+
+
+def tune_beside(trace: Trace, slots: int, now: tuple[str, str], on_event: Callable[[LoadProgress], None]) -> Tuned:
+    """Which policy and scope would suit ``trace`` with ``slots`` slots, against those of ``now``: only what a running
+    engine can change to, so that nothing learns beforehand. It runs in processes beside this one.
+
+    Raises UsageError for a trace that nothing can be learned from, and whatever ``on_event`` raises, which ends it.
+    """
+    experts = len(set(trace.layer.tolist())) * trace.experts
+    request = TuneRequest(traces=(), slots=slots, residency=(min(1.0, slots / experts),))
+    wanted = tuple(candidate for candidate in _candidates(request) if not candidate.learn)
+    return _sweep(request, trace, None, wanted, now, on_event, aside=True)
+
+
+def _candidates(request: TuneRequest) -> tuple[Candidate, ...]:
+    try:
+        specs = [spec for text in request.policy for spec in split_specs(text)] or default_specs()
+        predictors = [None if name == "off" else name for name in request.predictor]
+        return candidates(specs, request.scope, predictors)
+    except TuneError as error:
+        raise UsageError(f"--policy or --scope: {error}") from error
+
+
+def _sweep(
+    request: TuneRequest,
+    trace: Trace,
+    hardware: Hardware | None,
+    wanted: tuple[Candidate, ...],
+    default: tuple[str, str],
+    on_event: Callable[[LoadProgress], None],
+    *,
+    aside: bool = False,
+) -> Tuned:
     experts = len(set(trace.layer.tolist())) * trace.experts
     record_bytes = request.expert_size or trace.meta.get("expert_bytes")
     if hardware is not None and record_bytes is None:
@@ -137,7 +165,7 @@ def run_tune(request: TuneRequest, default: tuple[str, str], on_event: Callable[
     )
     try:
         laboratory = Laboratory.of(trace, settings)
-        scores = run_sweep(laboratory, request.jobs, on_event)
+        scores = run_sweep(laboratory, request.jobs, on_event, aside=aside)
     except (TuneError, PolicyError) as error:
         raise UsageError(str(error)) from error
     notes = list(laboratory.skipped)

@@ -53,6 +53,18 @@ class TestConformance:
         assert policy.victims(1, (), layer=7) == [ExpertKey(7, 1)]
         assert policy.victims(2, (), layer=7) is None
 
+    def test_the_lowest_score_goes_first(self, spec: str, scope: str) -> None:
+        policy = with_resident(spec, *range(5), scope=scope)
+        for experts in ((1, 2), (2, 3), (2, 4), (0, 2)):
+            policy.record_event(keys(*experts))
+        scores = {key: policy.score_now(key) for key in policy.resident()}
+        if spec in ("lfu", "ewma", "foresight"):
+            assert None not in scores.values() and policy.score_now(ExpertKey(50, 900)) in (None, 0)
+        found = [score for score in scores.values() if score is not None]
+        if found:
+            victims = policy.victims(1, ())
+            assert victims is not None and scores[victims[0]] == min(found) and len(found) == len(scores)
+
     def test_zero_victims_is_always_possible(self, spec: str, scope: str) -> None:
         assert make(spec, scope).victims(0, ()) == []
 

@@ -77,6 +77,9 @@ def test_memory_stays_bounded_and_the_spool_leaves_nothing(tmp_path: Path, monke
     for name in ("a.npz", "b.npz"):  # a live trace may be looked at and go on
         recorder.save(tmp_path / name)
         trace = load_trace(tmp_path / name)
+        so_far = recorder.trace()
+        assert so_far.meta == trace.meta
+        assert all(np.array_equal(getattr(so_far, name), getattr(trace, name)) for name in ("step", "ids", "weights"))
         assert trace.step.tolist() == list(range(len(trace)))
         assert trace.ids[:, 0].tolist() == [step % 8 for step in range(len(trace))]
         recorder.record(

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 from textual.pilot import Pilot
 
 from offload.config import EngineSettings, SamplingSettings
 from tests.tui.fake_engine import Answer
 from tests.tui.live_engine import FakeHost, FakeLiveEngine
+from tui.actions import ACTIONS, Action, parse_slash
 from tui.app.app import ChatApp
 from tui.app.entries import Note
 from tui.session import Session
 from tui.settings import LookSettings
 from tui.store import Store
+
+Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def make_app(folder: Path, host: FakeHost | None = None, **settings: Any) -> ChatApp:
@@ -77,6 +82,62 @@ async def ask(pilot: Pilot[int], text: str) -> None:
 def engine_of(app: ChatApp) -> FakeLiveEngine:
     assert isinstance(app.engine, FakeLiveEngine)
     return app.engine
+
+
+TESTED: set[str] = set()
+"""What :func:`does` was told, by all tests that are imported."""
+_KEYS = {key: action for action in ACTIONS for key in action.keys}
+
+
+def does(*ways: str) -> Callable[[Test], Test]:
+    """This test does these actions of the table: keys in Textual's names, and slash commands. That it does is checked,
+    and that every way to every action has a test."""
+    TESTED.update(ways)
+
+    def decorate(test: Test) -> Test:
+        @functools.wraps(test)
+        def checked(*arguments: Any, **named: Any) -> None:
+            with recording() as done:
+                test(*arguments, **named)
+            assert set(ways) <= done, f"not done: {sorted(set(ways) - done)}"
+
+        return checked
+
+    return decorate
+
+
+@contextmanager
+def recording() -> Iterator[set[str]]:
+    """Collects the keys that were pressed and led to their action, and the slash commands that were sent."""
+    pressed: set[str] = set()
+    acted: set[str] = set()
+    done: set[str] = set()
+    press, act = Pilot.press, ChatApp.act
+
+    async def pressing(pilot: Pilot[int], *keys: str) -> None:
+        pressed.update(keys)
+        await press(pilot, *keys)
+
+    def acting(app: ChatApp, name: str, argument: str = "") -> None:
+        acted.add(name)
+        act(app, name, argument)
+
+    def parsing(line: str) -> tuple[Action, str]:
+        action, argument = parse_slash(line)
+        done.add(f"/{action.slash}")
+        return action, argument
+
+    with (
+        patch.object(Pilot, "press", pressing),
+        patch.object(ChatApp, "act", acting),
+        patch("tui.app.app.parse_slash", parsing),
+    ):
+        yield done
+    elsewhere = {"palette"}  # Textual's own
+    for key in pressed & _KEYS.keys():
+        action = _KEYS[key]
+        if action.name in acted or action.scope == "prompt" or action.name in elsewhere:
+            done.add(key)
 
 
 def notes(app: ChatApp) -> list[str]:

@@ -23,7 +23,7 @@ from offload.events import (
     Token,
     TokenSample,
 )
-from offload.protocol import LiveEngine, Message, ModelChoice, OnLoad
+from offload.protocol import LiveEngine, Message, ModelChoice, OnLoad, TuneJob, TuneReport
 from tests.tui.fake_engine import FakeEngine, run_stats
 
 POLICIES = ("ewma", "lfu", "lru")
@@ -72,6 +72,7 @@ class FakeLiveEngine(FakeEngine):
     changes: list[LiveChanges] = field(default_factory=list)
     change_threads: set[str] = field(default_factory=set)
     tracing: bool = False
+    job: TuneJob = lambda tell: tune_report()
 
     def generate(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> Iterator[Event]:
         events = super().generate(prompt, sampling)
@@ -118,6 +119,35 @@ class FakeLiveEngine(FakeEngine):
         path.write_bytes(b"trace")
         self.tracing = False
         return 42
+
+    def tune_job(self) -> TuneJob:
+        return self.job
+
+    def expert_score(self, layer: int, expert: int) -> float | None:
+        return 10 * layer + expert if expert else None
+
+
+def tune_row(policy: str, scope: str, hit_rate: float) -> dict[str, Any]:
+    """One way in the JSON of a sweep at 16 slots."""
+    return {
+        "policy": policy, "scope": scope, "predictor": None, "learn": False, "slots": 16, "residency": 0.5,
+        "hit_rate": hit_rate, "hit_rate_spread": 0.01, "below_belady": 0.9 - hit_rate, "tokens_per_s": None,
+    }  # fmt: skip
+
+
+def tune_report(policy: str = "lfu", scope: str = "layer") -> TuneReport:
+    """A sweep in which ``policy`` won over ewma with the scope global."""
+    rows = [tune_row("lru", "global", 0.6), tune_row("ewma", "global", 0.7), tune_row(policy, scope, 0.75)]
+    wins = (policy, scope) != ("ewma", "global")
+    advice = {
+        "slots": 16, "residency": 0.5, "policy": policy, "scope": scope, "is_default": not wins,
+        "default": {"policy": "ewma", "scope": "global"}, "gain": 0.05, "gain_spread": 0.02,
+        "gain_by_fold": [0.03, 0.07], "gain_unit": "points of hit rate (of 1)", "cross_validated": True,
+    }  # fmt: skip
+    found = {"model": "fake", "requests": 3, "folds": 2, "events": 99, "slots": 16, "results": rows, "advice": [advice]}
+    changes = LiveChanges(policy=policy, scope=scope) if wins else LiveChanges()
+    flags = (("--policy", policy), ("--scope", scope), ("--residency", "0.5"))
+    return TuneReport(found, changes, flags, ("a note",))
 
 
 PLAN = Planned(("fake on cpu: a budget of 2.00 GiB", "16 expert slots"), (("skeleton", 2**28, "attention"),))

@@ -136,3 +136,10 @@ class Terminal:
             self._cells = [[" "] * self.width for _ in range(self.height)]
         elif letter == "n" and values == [6]:
             self.type(f"\x1b[{self._y + 1};{self._x + 1}R")
+
+
+def restored(terminal: Terminal) -> bool:
+    """The terminal is as it was: its modes, the normal screen, a cursor, no mouse."""
+    last = {code: terminal.raw.rfind(f"\x1b[?{code}h") - terminal.raw.rfind(f"\x1b[?{code}l") for code in (1049, 1000)}
+    cursor = terminal.raw.rfind("\x1b[?25l") < terminal.raw.rfind("\x1b[?25h")
+    return terminal.modes() == terminal.modes_before and cursor and all(value < 0 for value in last.values())

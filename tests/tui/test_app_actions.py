@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 from pathlib import Path
@@ -9,12 +10,25 @@ from pathlib import Path
 import pytest
 
 from offload.config import SamplingSettings
-from tests.tui.app_pilot import ask, engine_of, enter, go, host_of, make_app, notes, running, screen_text, until
+from tests.tui.app_pilot import (
+    TESTED,
+    ask,
+    does,
+    engine_of,
+    enter,
+    go,
+    host_of,
+    make_app,
+    notes,
+    running,
+    screen_text,
+    until,
+)
 from tests.tui.fake_engine import Answer
 from tui.actions import ACTIONS
 from tui.app.handlers import HANDLERS
 from tui.app.map_box import ExpertMap
-from tui.app.screens import MapScreen, TextScreen
+from tui.app.screens import ListScreen, MapScreen, TextScreen
 from tui.app.transcript import Transcript
 from tui.settings import LookSettings
 from tui.store import read_saved
@@ -24,6 +38,14 @@ def test_every_action_has_a_handler_and_every_handler_an_action() -> None:
     assert set(HANDLERS) == {action.name for action in ACTIONS if action.scope == "app"}
 
 
+def test_every_way_to_every_action_has_a_test() -> None:
+    for module in ("test_app_live", "test_app_tune"):
+        importlib.import_module(f"tests.tui.{module}")
+    ways = {key for action in ACTIONS for key in action.keys} | {f"/{a.slash}" for a in ACTIONS if a.slash}
+    assert ways == TESTED
+
+
+@does("enter")
 def test_a_question_is_answered_saved_and_counted(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path, host_of(Answer(("Hello", " there", "."))))
@@ -39,6 +61,7 @@ def test_a_question_is_answered_saved_and_counted(tmp_path: Path) -> None:
     go(test())
 
 
+@does("ctrl+j", "shift+enter", "up", "down")
 def test_new_lines_history_and_typing_keys(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -98,6 +121,7 @@ def test_a_long_paste_stays_one_message(tmp_path: Path) -> None:
     go(test())
 
 
+@does("escape")
 def test_stop_keeps_the_part_and_the_chat_goes_on(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path, host_of(Answer(("some ", "text"), waits=True), Answer(("more",))))
@@ -130,6 +154,7 @@ def test_a_stop_that_comes_before_the_first_token_is_not_lost(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("presses", [1, 2])
+@does("ctrl+c")
 def test_ctrl_c_stops_and_a_second_one_leaves(presses: int, tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path, host_of(Answer(("text",), waits=True)))
@@ -149,6 +174,7 @@ def test_ctrl_c_stops_and_a_second_one_leaves(presses: int, tmp_path: Path) -> N
     go(test())
 
 
+@does("ctrl+d", "ctrl+q")
 def test_ctrl_c_on_an_empty_line_leaves_and_ctrl_d_too(tmp_path: Path) -> None:
     async def test(key: str, code: int) -> None:
         app = make_app(tmp_path)
@@ -157,10 +183,11 @@ def test_ctrl_c_on_an_empty_line_leaves_and_ctrl_d_too(tmp_path: Path) -> None:
             await pilot.pause()
             assert app.return_value == code
 
-    for key, code in (("ctrl+c", 130), ("ctrl+d", 0), ("ctrl+q", 0)):
+    for key, code in (("ctrl+d", 0), ("ctrl+q", 0)):
         go(test(key, code))
 
 
+@does("ctrl+r", "/retry")
 def test_retry_replaces_the_answer_and_one_that_fails_keeps_the_old(tmp_path: Path) -> None:
     async def test() -> None:
         answers = (Answer(("old",)), Answer(("ha",), error="the disk is gone; plug it in"), Answer(("new",)))
@@ -179,6 +206,7 @@ def test_retry_replaces_the_answer_and_one_that_fails_keeps_the_old(tmp_path: Pa
     go(test())
 
 
+@does("alt+up")
 def test_edit_takes_the_question_back(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -196,6 +224,7 @@ def test_edit_takes_the_question_back(tmp_path: Path) -> None:
     go(test())
 
 
+@does("ctrl+g")
 def test_the_editor_gets_the_message_and_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "edit.sh"
     script.write_text('#!/bin/sh\nprintf " and more" >> "$1"\n')
@@ -221,6 +250,7 @@ def test_the_editor_gets_the_message_and_gives_it_back(tmp_path: Path, monkeypat
     go(test())
 
 
+@does("ctrl+y", "/copy")
 def test_copying_an_answer_its_code_and_all(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path, host_of(Answer(("Look:\n\n```python\nprint(1)\nprint(2)\n```\n",))))
@@ -242,6 +272,7 @@ def test_copying_an_answer_its_code_and_all(tmp_path: Path) -> None:
     go(test())
 
 
+@does("ctrl+t")
 def test_a_click_on_code_copies_it_and_one_on_reasoning_unfolds_it(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path, host_of(Answer(("well, ", "well", "Here:\n\n```sh\nls", " -l\n```\n"), thoughts=2)))
@@ -264,6 +295,7 @@ def test_a_click_on_code_copies_it_and_one_on_reasoning_unfolds_it(tmp_path: Pat
     go(test())
 
 
+@does("/system", "/set", "/clear")
 def test_system_prompt_and_sampling(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path, sampling=SamplingSettings(seed=5))
@@ -285,6 +317,7 @@ def test_system_prompt_and_sampling(tmp_path: Path) -> None:
     go(test())
 
 
+@does("/save")
 def test_save_as_markdown_and_json(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -300,6 +333,7 @@ def test_save_as_markdown_and_json(tmp_path: Path) -> None:
     go(test())
 
 
+@does("f1", "/help", "/stats", "/plan", "f3", "/map")
 def test_help_statistics_plan_and_map_open_and_close(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -333,17 +367,18 @@ def test_the_map_says_what_is_under_the_cursor(tmp_path: Path) -> None:
             await pilot.pause()
             large = app.screen.query_one(ExpertMap)
             await pilot.press("right")
-            assert large.details == "layer 0 expert 0 · in RAM · used now · 5 hits, 0 misses"
+            assert large.details == "layer 0 expert 0 · in RAM · score - · used now · 5 hits, 0 misses"
             await pilot.press("right")
-            assert large.details == "layer 0 expert 1 · not in a slot · used now · 0 hits, 2 misses"
+            assert large.details == "layer 0 expert 1 · on disk · score 1 · used now · 0 hits, 2 misses"
             await pilot.press("down", "right")
-            assert large.details == "layer 1 expert 2 · not in a slot · never used · 0 hits, 0 misses"
+            assert large.details == "layer 1 expert 2 · on disk · score 12 · never used · 0 hits, 0 misses"
             await pilot.hover(ExpertMap, offset=(0, 0))
             assert large.cursor == (0, 0)
 
     go(test())
 
 
+@does("f2", "/panel")
 def test_the_panel_is_shown_hidden_and_folds_away(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -365,6 +400,7 @@ def test_the_panel_is_shown_hidden_and_folds_away(tmp_path: Path) -> None:
     go(test())
 
 
+@does("/theme")
 def test_themes(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -383,6 +419,7 @@ def test_themes(tmp_path: Path) -> None:
     go(test())
 
 
+@does("pageup", "pagedown", "ctrl+home", "ctrl+end")
 def test_scrolling_up_stays_and_the_end_follows_again(tmp_path: Path) -> None:
     async def test() -> None:
         gate = threading.Semaphore(0)
@@ -410,5 +447,67 @@ def test_scrolling_up_stays_and_the_end_follows_again(tmp_path: Path) -> None:
             await until(pilot, lambda: "line 119" in screen_text(app))
             await pilot.press("pageup", "pagedown")
             assert app.transcript.following
+
+    go(test())
+
+
+@does("/stop", "/think", "/edit", "/editor", "/new", "/drawer", "/models", "/quit")
+def test_what_has_a_key_has_a_command_too(tmp_path: Path) -> None:
+    async def test() -> None:
+        answers = (Answer(("<think>well</think>", "some "), waits=True), Answer())
+        app = make_app(tmp_path, host_of(*answers))
+        async with running(app) as pilot:
+            await enter(pilot, "hi")
+            await until(pilot, lambda: app.answer is not None and app.answer.text.endswith("some "))
+            await enter(pilot, "/stop")
+            await until(pilot, lambda: not app.busy)
+            await enter(pilot, "/think")
+            assert "well" in screen_text(app)
+            await enter(pilot, "/edit")
+            assert app.prompt.text == "hi" and not app.session.conversation.turns
+            await enter(pilot, "/editor")
+            assert "this terminal cannot be lent to an editor" in notes(app)
+            await enter(pilot, "/drawer")
+            assert app.drawer.display
+            await pilot.press("f4")
+            await enter(pilot, "/new")
+            assert "a new conversation" in notes(app)
+            await enter(pilot, "/models")
+            await until(pilot, lambda: isinstance(app.screen, ListScreen))
+            await pilot.press("escape")
+            await enter(pilot, "/quit")
+            assert app.return_value == 0
+
+    go(test())
+
+
+@pytest.mark.parametrize("size", [(40, 10), (20, 6), (3, 2)], ids=str)
+def test_a_tiny_terminal_is_no_reason_to_fail(size: tuple[int, int], tmp_path: Path) -> None:
+    async def test() -> None:
+        app = make_app(tmp_path, host_of(Answer(("| a | b |\n| - | - |\n| 1 | 2 |\n\n```\n", "x" * 90, "\n```"))))
+        async with running(app) as pilot:
+            await pilot.resize_terminal(*size)
+            await ask(pilot, "你好 🎉 " * 9)
+            for key in ("f1", "f2", "f2", "f3", "f4", "f4", "f5", "f6"):
+                await pilot.press(key)
+                await pilot.pause()
+                if len(app.screen_stack) > 1:
+                    await pilot.press("escape")
+            await pilot.resize_terminal(120, 40)
+            await pilot.pause()
+            assert "›" in screen_text(app)
+
+    go(test())
+
+
+def test_the_panel_comes_and_goes_with_the_width(tmp_path: Path) -> None:
+    async def test() -> None:
+        app = make_app(tmp_path)
+        async with running(app, (140, 50)) as pilot:
+            assert app.sidebar.display and app.query_one("#map").display
+            for size, panel, map in (((80, 24), False, False), ((140, 30), True, False), ((300, 90), True, True)):
+                await pilot.resize_terminal(*size)
+                await pilot.pause()
+                assert (app.sidebar.display, app.query_one("#map").display) == (panel, map), size
 
     go(test())

@@ -15,7 +15,7 @@ import pytest
 
 from offload.paths import cache_folder
 from tests.cli.running import ROOT, environment
-from tests.tui.terminal import Terminal
+from tests.tui.terminal import Terminal, restored
 
 pytestmark = pytest.mark.demo
 
@@ -30,13 +30,6 @@ def chat(folder: Path, *flags: str, size: tuple[int, int] = (130, 45)) -> Iterat
         yield terminal
     finally:
         terminal.close()
-
-
-def restored(terminal: Terminal) -> bool:
-    """The terminal is as it was: its modes, the normal screen, a cursor, no mouse."""
-    last = {code: terminal.raw.rfind(f"\x1b[?{code}h") - terminal.raw.rfind(f"\x1b[?{code}l") for code in (1049, 1000)}
-    cursor = terminal.raw.rfind("\x1b[?25l") < terminal.raw.rfind("\x1b[?25h")
-    return terminal.modes() == terminal.modes_before and cursor and all(value < 0 for value in last.values())
 
 
 @pytest.mark.slow

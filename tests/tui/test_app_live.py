@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from offload.events import LiveChanges
-from tests.tui.app_pilot import ask, engine_of, enter, go, host_of, make_app, notes, running, screen_text, until
+from tests.tui.app_pilot import ask, does, engine_of, enter, go, host_of, make_app, notes, running, screen_text, until
 from tests.tui.fake_engine import Answer
 from tests.tui.live_engine import FakeHost, FakeLiveEngine
 from tui.actions import ACTIONS
@@ -16,6 +16,7 @@ from tui.app.prompt_box import PromptBox
 from tui.app.screens import ListScreen, TextScreen
 
 
+@does("/policy", "/scope", "/prefetch", "/residency", "/ram", "/vram")
 def test_settings_are_changed_by_command_between_tokens(tmp_path: Path) -> None:
     async def test() -> None:
         gate = threading.Semaphore(2)
@@ -51,6 +52,7 @@ def test_settings_are_changed_by_command_between_tokens(tmp_path: Path) -> None:
     go(test())
 
 
+@does("f4")
 def test_the_drawer_changes_a_setting_and_shows_before_and_after(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path, host_of(Answer(("a ", "b ", "c"))))
@@ -76,6 +78,7 @@ def test_the_drawer_changes_a_setting_and_shows_before_and_after(tmp_path: Path)
     go(test())
 
 
+@does("/trace")
 def test_a_part_is_recorded(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -96,6 +99,7 @@ def test_a_part_is_recorded(tmp_path: Path) -> None:
     go(test())
 
 
+@does("f6", "/model")
 def test_models_are_listed_and_switched(tmp_path: Path) -> None:
     async def test() -> None:
         host = FakeHost({"demo": FakeLiveEngine(), "org/big": FakeLiveEngine(model_name="org/big")})
@@ -117,6 +121,7 @@ def test_models_are_listed_and_switched(tmp_path: Path) -> None:
     go(test())
 
 
+@does("ctrl+n", "f5", "/rename", "/delete", "/resume", "/conversations")
 def test_conversations_are_listed_searched_resumed_renamed_and_deleted(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -161,6 +166,7 @@ def test_conversations_are_listed_searched_resumed_renamed_and_deleted(tmp_path:
     go(test())
 
 
+@does("ctrl+p")
 def test_the_palette_has_every_action_and_fills_in_what_needs_words(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)
@@ -200,6 +206,7 @@ def test_unknown_and_wrong_commands_are_said(tmp_path: Path) -> None:
     go(test())
 
 
+@does("ctrl+z")
 def test_suspending_is_passed_on(tmp_path: Path) -> None:
     async def test() -> None:
         app = make_app(tmp_path)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.events import ExpertState
+from offload.events import ExpertState, TierUse
 from tests.tui.live_engine import snapshot
-from tui.expert_map import Cell, describe, make_grid
+from tui.app.map_box import fold
+from tui.expert_map import Cell, describe, expert_cell, make_grid
 
 
 def test_each_expert_has_its_cell_where_there_is_room() -> None:
@@ -58,5 +59,25 @@ def test_layers_of_different_size() -> None:
 
 def test_details() -> None:
     made = replace(snapshot(1, 4), forward=10)
-    assert describe(made, 0, 0) == "layer 0 expert 0 · in RAM · used 1 pass ago · 5 hits, 0 misses"
-    assert describe(made, 0, 3) == "layer 0 expert 3 · not in a slot · never used · 0 hits, 0 misses"
+    used = "layer 0 expert 0 · in RAM · score 1.23e+03 · used 1 pass ago · 5 hits, 0 misses"
+    assert describe(made, 0, 0, 1234.0) == used
+    assert describe(made, 0, 3) == "layer 0 expert 3 · on disk · score - · never used · 0 hits, 0 misses"
+
+
+def test_two_tiers_are_told_apart() -> None:
+    tiers = (TierUse("VRAM", 1, 2, 0), TierUse("RAM", 1, 1, 0))
+    states = bytes([ExpertState.ABSENT, ExpertState.HOSTED, ExpertState.LOADING, ExpertState.READY])
+    made = replace(snapshot(1, 4), forward=99, states=(states,), tiers=tiers)
+    cells = (Cell.ABSENT, Cell.HOSTED, Cell.LOADING, Cell.RESIDENT)
+    assert make_grid(made, 1, 4).cells == (cells,)
+    assert make_grid(made, 1, 2).cells == ((Cell.HOSTED, Cell.LOADING),)
+    assert [expert_cell(made, 0, expert) for expert in range(4)] == list(cells)
+    where = [describe(made, 0, expert).split(" · ")[1] for expert in range(4)]
+    assert where == ["on disk", "in RAM", "on its way to VRAM", "in VRAM"]
+
+
+def test_details_are_folded_where_their_parts_end() -> None:
+    text = describe(snapshot(1, 4), 0, 0)
+    assert fold(text, 200) == [text]
+    assert fold(text, 38) == ["layer 0 expert 0 · in RAM · score -", "used now · 5 hits, 0 misses"]
+    assert fold("", 10) == [""]

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from offload.errors import UsageError
 from offload.events import Done, Event, Notice, PrefillProgress, Token
-from tui.app import live, loading
+from tui.app import live, loading, tune
 from tui.app.entries import Answer, Entry, Question
 from tui.asking import how_stopped, why_cut
 from tui.conversation import Turn
 from tui.status import figure, percent
+from tui.tuner import TuneNews
 from tui.worker import AnswerFailed, Answering, Called, Dropped, Loading, News, NotOpened, Opened
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def rebuild(app: ChatApp) -> None:
     app.transcript.replace(entries)
 
 
-def take(app: ChatApp, some: Sequence[News]) -> None:
+def take(app: ChatApp, some: Sequence[News | TuneNews]) -> None:
     """Show news; the texts of tokens that arrived together are rendered together."""
     text: list[str] = []
     thoughts: list[str] = []
@@ -71,8 +72,12 @@ def take(app: ChatApp, some: Sequence[News]) -> None:
             app.notify(news.text)
         elif isinstance(news, AnswerFailed):
             _fail(app, news.problem)
+        elif isinstance(news, Called) and news.name == "tune" and news.problem is None:
+            tune.begin(app, news.result)
         elif isinstance(news, Called):
             live.take(app, news)
+        elif isinstance(news, TuneNews):
+            tune.take(app, news)
     show_text()
 
 
@@ -111,7 +116,7 @@ def _status(app: ChatApp, done: Done, became_turn: bool) -> tuple[str, str]:
     """The line below an answer, and how it looks."""
     stats = done.stats
     parts = [
-        f"{figure(stats.decode_tokens_per_s)} tokens/s",
+        f"{figure(stats.decode_tokens_per_s)} tokens/s{' (simulated)' if stats.virtual else ''}",
         f"first token {figure(stats.ttft_s, ' s', 2)}",
         f"hit rate {percent(stats.experts.hit_rate)}",
         f"{done.new_tokens} tokens",

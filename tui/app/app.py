@@ -10,10 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from textual import on
-from textual.app import App, ComposeResult, SystemCommand
+from textual import events, on
+from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical
+from textual.geometry import Size
+from textual.message import Message
 from textual.screen import Screen as TextualScreen
 from textual.widgets import Footer
 
@@ -27,6 +29,7 @@ from tui.app.clipboard import copy_text
 from tui.app.drawer import Drawer
 from tui.app.entries import Answer, Note
 from tui.app.hangup import HangupWatch
+from tui.app.internals import CrashCatcher
 from tui.app.look import DARK, LIGHT, Look, make_look, theme_name
 from tui.app.map_box import ExpertMap
 from tui.app.pace import Pace
@@ -39,6 +42,7 @@ from tui.failures import ExitCode
 from tui.figures import Comparison
 from tui.session import Session
 from tui.settings import LookSettings
+from tui.tuner import TuneNews, Tuner
 from tui.worker import Answering, EngineWorker, News
 
 WIDE = 110
@@ -47,23 +51,28 @@ TALL = 42
 """From how many lines on the map is below it."""
 
 
-class ChatApp(App[int]):
+class ChatApp(CrashCatcher):
     """One conversation with one engine at a time. Its result is the exit code."""
+
+    class NewsCame(Message):
+        """Another thread has put something into the queue of news."""
+
+    class HungUp(Message):
+        """The terminal is gone."""
 
     CSS = """
     #main { height: 1fr; }
-    #talk { width: 1fr; }
+    #talk { width: 1fr; min-width: 12; }
     #title { height: 1; padding: 0 1; }
     #status { height: 1; padding: 0 2; display: none; }
     Screen { background: $background; }
     """
     TITLE = "run-local"
     ENABLE_COMMAND_PALETTE = True
-    COMMAND_PALETTE_BINDING = BY_NAME["palette"].keys[0]
     BINDINGS = [  # noqa: RUF012 - as Textual wants it
         Binding(
             ",".join(action.keys),
-            f"act('{action.name}')",
+            "command_palette" if action.name == "palette" else f"act('{action.name}')",
             action.footer or action.help,
             show=bool(action.footer),
             priority=True,
@@ -71,7 +80,7 @@ class ChatApp(App[int]):
             key_display=key_name(action.keys[0]),
         )
         for action in ACTIONS
-        if action.keys and action.scope == "app" and action.name != "palette"
+        if action.keys and action.scope == "app"
     ]
 
     def __init__(
@@ -97,14 +106,13 @@ class ChatApp(App[int]):
         self.plan: Planned | None = None
         self.tracing = False
         self.last_problem: str | None = None
-        self.crash: BaseException | None = None
         self.copies = copies
         self.worker = EngineWorker(host, self._deliver)
+        self.tuner = Tuner(self._deliver)
         self.panel_wanted: bool | None = None if self.look_settings.panel else False
         self._history = PromptHistory(history)
-        self._news: deque[News] = deque()
+        self._news: deque[News | TuneNews] = deque()
         self._pace = Pace()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self.register_theme(DARK)
         self.register_theme(LIGHT)
         self.set_keymap(dict(self.look_settings.keys))
@@ -145,14 +153,13 @@ class ChatApp(App[int]):
                 yield PromptBox(self._history, self.look_settings.keys, id="prompt")
             yield Drawer(look, id="drawer")
             yield Sidebar(look, id="side")
-        yield Footer()
+        yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
-        self._loop = asyncio.get_running_loop()
         if not self.is_headless:
             for number in (signal.SIGTERM, signal.SIGHUP):  # or the terminal would stay as it is
-                self._loop.add_signal_handler(number, self.leave, 128 + number)
-            HangupWatch(self._hung_up, 128 + signal.SIGHUP)
+                asyncio.get_running_loop().add_signal_handler(number, self.leave, 128 + number)
+            HangupWatch(lambda: self._tell(self.HungUp()), 128 + signal.SIGHUP)
         self.theme_changed_signal.subscribe(self, lambda theme: self.restyle())
         self.arrange()
         self.show_title()
@@ -163,20 +170,24 @@ class ChatApp(App[int]):
 
     # news of the engine's thread
 
-    def _deliver(self, news: News) -> None:
-        """On the engine's thread. Tokens wait for the next tick; all else is shown at once."""
+    def _deliver(self, news: News | TuneNews) -> None:
+        """On another thread. Tokens wait for the next tick; all else is shown at once."""
         self._news.append(news)
-        if not isinstance(news, Answering) and self._loop is not None:
-            with suppress(RuntimeError):  # the app has left
-                self._loop.call_soon_threadsafe(self._take_news)
+        if not isinstance(news, Answering):
+            self._tell(self.NewsCame())
 
+    def _tell(self, message: Message) -> None:
+        """Post a message, on any thread."""
+        with suppress(RuntimeError):  # the app has left
+            self.post_message(message)
+
+    @on(NewsCame)
     def _take_news(self) -> None:
         """Show what has arrived."""
-        if not self.is_running or not self.screen_stack or not self._news:
+        if not self.is_running or not self.screen_stack:
             return
-        with self._context():
-            count = len(self._news)
-            answering.take(self, [self._news.popleft() for _ in range(count)])
+        count = len(self._news)
+        answering.take(self, [self._news.popleft() for _ in range(count)])
 
     def _tick(self) -> None:
         """Show new text, and the figures as often as they are due; then wait longer, the more that costs."""
@@ -194,25 +205,25 @@ class ChatApp(App[int]):
             self.snapshot = engine.snapshot()
         self.sidebar.show(self)
         for screen in self.screen_stack:
-            if isinstance(screen, MapScreen) and self.snapshot is not None:
-                screen.show(self.snapshot)
+            if isinstance(screen, MapScreen) and self.snapshot is not None and engine is not None:
+                screen.show(self.snapshot, engine.expert_score)
         if self.drawer.display:
             self.drawer.show_effect(self.sidebar.effect_lines)
 
     # looks
 
-    def arrange(self) -> None:
-        """Decide what has room."""
-        width, height = self.size
+    def arrange(self, size: Size | None = None) -> None:
+        """Decide what has room, in a terminal of ``size`` (default: as it is)."""
+        width, height = size or self.size
         shown = self.panel_wanted if self.panel_wanted is not None else width >= WIDE
         drawer = self.drawer.display and width < WIDE + 30
         self.sidebar.display = shown and not drawer
         self.sidebar.show_map(height >= TALL and self.look_settings.map)
         self.screen_stack[0].query_one("#status").display = not self.sidebar.display
 
-    def on_resize(self) -> None:
-        if self._loop is not None:
-            self.arrange()
+    def on_resize(self, event: events.Resize) -> None:
+        if self.screen_stack[0].query("#side"):
+            self.arrange(event.size)  # the app's own size is still the old one
             self.call_after_refresh(self.show_figures)
 
     def show_title(self) -> None:
@@ -261,8 +272,8 @@ class ChatApp(App[int]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """A screen over the chat has keys of its own; there the app's mean nothing but these."""
-        if action == "act" and len(self.screen_stack) > 1:
-            return parameters[0] in ("quit", "suspend")
+        if action in ("act", "command_palette") and len(self.screen_stack) > 1:
+            return parameters[:1] in (("quit",), ("suspend",))
         return super().check_action(action, parameters)
 
     def action_act(self, name: str) -> None:
@@ -314,26 +325,13 @@ class ChatApp(App[int]):
 
     # leaving
 
+    @on(HungUp)
     def _hung_up(self) -> None:
-        """On a thread of its own."""
-        assert self._loop is not None
-        with suppress(RuntimeError):  # the app has left
-            self._loop.call_soon_threadsafe(self.leave, 128 + signal.SIGHUP)
+        self.leave(128 + signal.SIGHUP)
 
     def leave(self, code: int = ExitCode.DONE) -> None:
         """Stop what is running and go. The engine is closed after the terminal is restored."""
         self.worker.stop()
         self.worker.cancel_open()
+        self.tuner.cancel()
         self.exit(code)
-
-    def _handle_exception(self, error: Exception) -> None:
-        """A bug of the screen. Textual would print a long traceback; it goes to a report instead, when all is closed.
-
-        There is no public way to be told of it.
-        """
-        if self.crash is None:
-            self.crash = error
-        if self.is_headless:
-            super()._handle_exception(error)
-        else:
-            self.exit(ExitCode.FAILED)

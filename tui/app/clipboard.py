@@ -10,15 +10,17 @@ from typing import Any
 
 from textual.app import App
 
+from tui.app.internals import write_to_terminal
+
 
 def copy_text(app: App[Any], text: str, file: Path | None) -> Path | None:
     """Copy ``text``; returns the file that has it too, or None if it could not be written."""
+    text = text.encode("utf-8", "replace").decode()  # half a character of a paste cannot be sent
     app.copy_to_clipboard(text)
-    driver = app._driver
-    if os.environ.get("TMUX") and driver is not None:
+    if os.environ.get("TMUX"):
         # tmux takes OSC 52 only if it is set to; what is wrapped like this goes to the terminal around it
-        coded = base64.b64encode(text.encode("utf-8", "replace")).decode()
-        driver.write(f"\x1bPtmux;\x1b\x1b]52;c;{coded}\a\x1b\\")
+        coded = base64.b64encode(text.encode()).decode()
+        write_to_terminal(app, f"\x1bPtmux;\x1b\x1b]52;c;{coded}\a\x1b\\")
     if file is None:
         return None
     with suppress(OSError):

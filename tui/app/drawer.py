@@ -22,7 +22,7 @@ class Drawer(VerticalScroll):
     """A field for each setting that the engine has; Enter in a field applies it."""
 
     DEFAULT_CSS = """
-    Drawer { width: 44; border: round $accent; padding: 0 1; background: $background; display: none; }
+    Drawer { width: 44; max-width: 60%; border: round $accent; padding: 0 1; background: $background; display: none; }
     Drawer .field { height: auto; margin: 0 0 1 0; }
     Drawer Label { color: $text-muted; }
     Drawer Input, Drawer Input:focus { border: none; height: 1; background: $surface; padding: 0 1; }

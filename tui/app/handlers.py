@@ -12,7 +12,7 @@ from textual.app import SuspendNotSupported
 from offload.config import SamplingSettings
 from offload.errors import UsageError
 from tui import actions, tuning
-from tui.app import answering, chats, live, loading, reading
+from tui.app import answering, chats, live, loading, reading, tune
 from tui.app.editor import edit_text
 from tui.app.entries import Answer
 from tui.app.look import theme_name
@@ -255,6 +255,7 @@ HANDLERS: dict[str, Handler] = {
     "drawer": _drawer,
     **{field.name: _changer(field.name) for field in tuning.FIELDS},
     "trace": live.trace,
+    "tune": tune.tune,
     "plan": _plan,
     "models": _models,
     "model": lambda app, argument: loading.switch(app, argument, None),

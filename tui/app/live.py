@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import UsageError
-from offload.events import CacheSnapshot
+from offload.events import CacheSnapshot, LiveChanges
 from offload.protocol import LiveEngine
 from tui import tuning
 from tui.app import loading
@@ -28,15 +28,18 @@ def change(app: ChatApp, name: str, text: str) -> None:
         shown = "-" if value is None else tuning.BY_NAME[name].show(value)
         app.say(f"{name} {shown}" + (f"; there are {', '.join(names)}" if names else ""))
         return
-    wanted = tuning.changes(name, text)
-    label = tuning.describe(name, snapshot.current, text)
+    apply(app, tuning.changes(name, text), tuning.describe(name, snapshot.current, text))
 
-    def apply(live: LiveEngine) -> tuple[str, CacheSnapshot]:
+
+def apply(app: ChatApp, wanted: LiveChanges, label: str) -> None:
+    """Change the engine between tokens; ``label`` says what changes."""
+
+    def call(live: LiveEngine) -> tuple[str, CacheSnapshot]:
         before = live.snapshot()
         live.change(wanted)
         return label, before
 
-    app.worker.call("change", apply)
+    app.worker.call("change", call)
 
 
 def trace(app: ChatApp, argument: str) -> None:

@@ -114,7 +114,7 @@ class LoadScreen(ModalScreen[None]):
                 text = f"{what:<14}{format_size(size):>10}  "
                 lines.append([(text, ""), (remark[: max(0, width - len(text))], "dim")])
         lines += [[], [("Steps", "title")]]
-        lines += [_stage_line(name, stage, width) for name, stage in self._stages.items()]
+        lines += [stage_line(name, stage, width) for name, stage in self._stages.items()]
         if not self._stages:
             lines.append([(f"starting, {time.monotonic() - self._began:.0f} s", "dim")])
         lines.append([])
@@ -133,7 +133,8 @@ def wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, max(10, width)) or [""]
 
 
-def _stage_line(name: str, stage: Stage, width: int) -> Line:
+def stage_line(name: str, stage: Stage, width: int) -> Line:
+    """A step with a bar, how far it is, and how long it will take."""
     show = format_size if stage.unit == "bytes" else str
     share = stage.done / stage.total if stage.total else 0.0
     text = f"{show(stage.done)} of {show(stage.total)}" if stage.total else show(stage.done)

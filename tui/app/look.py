@@ -70,7 +70,9 @@ class Look:
     code_theme: str
 
     def named(self, name: str) -> Style:
-        """The style of a piece of :mod:`tui.panel`."""
+        """The style of a piece of :mod:`tui.panel`, or of a colour ``#rrggbb``."""
+        if name.startswith("#"):
+            return self.base + Style(color=name)
         styles = {
             "": self.base,
             "dim": self.dim,

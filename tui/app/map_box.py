@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
@@ -14,6 +16,10 @@ from textual.widget import Widget
 from offload.events import CacheSnapshot
 from tui.app.look import Look
 from tui.expert_map import GLYPHS, Cell, Grid, describe, make_grid
+from tui.panel import Line
+
+Score = Callable[[int, int], float | None]
+"""Of (layer, expert): what the policy goes by, see :meth:`offload.protocol.LiveEngine.expert_score`."""
 
 
 class ExpertMap(Widget, can_focus=True):
@@ -32,6 +38,7 @@ class ExpertMap(Widget, can_focus=True):
         super().__init__(id=id)
         self._look = look
         self._snapshot: CacheSnapshot | None = None
+        self._score: Score = lambda layer, expert: None
         self._grid: Grid | None = None
 
     @property
@@ -46,7 +53,8 @@ class ExpertMap(Widget, can_focus=True):
         if snapshot is None or grid is None:
             return "no model"
         if self.cursor is not None and self.cursor[0] < len(snapshot.layers):
-            return describe(snapshot, *self.cursor)
+            row, expert = self.cursor
+            return describe(snapshot, row, expert, self._score(snapshot.layers[row], expert))
         layers, experts = len(snapshot.layers), max(map(len, snapshot.states), default=0)
         cell = (
             ""
@@ -55,13 +63,30 @@ class ExpertMap(Widget, can_focus=True):
         )
         return f"{layers} layers x {experts} experts{cell}"
 
+    @property
+    def legend(self) -> Line:
+        """What the cells mean, each as it looks."""
+        tiers = [tier.name for tier in self._snapshot.tiers] if self._snapshot is not None else []
+        meanings = {Cell.HIT: "hit", Cell.MISSED: "missed", Cell.LOADING: "on its way"}
+        meanings[Cell.RESIDENT] = f"in {tiers[0]}" if tiers else "resident"
+        if len(tiers) > 1:
+            meanings[Cell.HOSTED] = f"in {tiers[1]}"
+        meanings[Cell.ABSENT] = "on disk"
+        if self.glyphs:
+            return [("  ".join(f"{GLYPHS[cell]} {text}" for cell, text in meanings.items()), "")]
+        return [
+            piece
+            for cell, text in meanings.items()
+            for piece in (("■ ", self._cell_color(cell, 1.0)), (f"{text}  ", ""))
+        ]
+
     def set_look(self, look: Look) -> None:
         self._look = look
         self.refresh()
 
-    def show(self, snapshot: CacheSnapshot) -> None:
-        """Show a new state."""
-        self._snapshot = snapshot
+    def show(self, snapshot: CacheSnapshot, score: Score) -> None:
+        """Show a new state; ``score`` is asked for the expert under the cursor."""
+        self._snapshot, self._score = snapshot, score
         self._make()
 
     def on_resize(self) -> None:
@@ -94,8 +119,10 @@ class ExpertMap(Widget, can_focus=True):
         grid, width, base = self._grid, self.size.width, self._look.base
         per_line = 1 if self.glyphs else 2
         rows = -(-len(grid.cells) // per_line) if grid is not None else 0
-        if y == min(rows, self.size.height - 1):
-            return Strip([Segment(self.details[:width], base + self._look.dim)]).adjust_cell_length(width, base)
+        if (line := y - min(rows, self.size.height - self._details_lines)) >= 0:
+            lines = fold(self.details, width)
+            text = lines[line] if line < len(lines) else ""
+            return Strip([Segment(text[:width], base + self._look.dim)]).adjust_cell_length(width, base)
         if grid is None:
             return Strip.blank(width, base)
         stretch = self._stretch(grid)
@@ -121,9 +148,14 @@ class ExpertMap(Widget, can_focus=True):
     def _make(self) -> None:
         if self._snapshot is None or self.size.width < 1:
             return
-        lines = max(1, self.size.height - 1)
+        lines = max(1, self.size.height - self._details_lines)
         self._grid = make_grid(self._snapshot, lines * (1 if self.glyphs else 2), self.size.width)
         self.refresh()
+
+    @property
+    def _details_lines(self) -> int:
+        """Lines kept for the details, so that the grid stays where it is whatever they say."""
+        return 1 if self.size.width >= 90 else 2 if self.size.width >= 56 else 3
 
     def _stretch(self, grid: Grid) -> int:
         """Columns of the screen for a cell: few experts fill the width, too."""
@@ -141,11 +173,15 @@ class ExpertMap(Widget, can_focus=True):
             at = (self.cursor[0] // grid.layers_each, self.cursor[1] // grid.experts_each)
             if at == (row, column):
                 return "#ffffff" if self._dark() else "#000000"
+        return self._cell_color(cell, share)
+
+    def _cell_color(self, cell: Cell, share: float) -> str:
         if cell is Cell.RESIDENT:
             low, high = ((38, 48, 84), (76, 108, 196)) if self._dark() else ((206, 216, 242), (96, 128, 210))
             return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
         fixed = {
             Cell.ABSENT: "#24283a" if self._dark() else "#e3e6f0",
+            Cell.HOSTED: "#4a3a66" if self._dark() else "#d9c8ee",
             Cell.LOADING: "#e0af68",
             Cell.HIT: "#9ece6a" if self._dark() else "#3f9c3a",
             Cell.MISSED: "#f7768e" if self._dark() else "#d03a3a",
@@ -154,3 +190,14 @@ class ExpertMap(Widget, can_focus=True):
 
     def _dark(self) -> bool:
         return self.app.current_theme.dark
+
+
+def fold(text: str, width: int) -> list[str]:
+    """``text`` in lines of at most ``width`` columns, broken where its parts end."""
+    lines: list[str] = []
+    for part in text.split(" · "):
+        if lines and len(lines[-1]) + 3 + len(part) <= width:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(part)
+    return lines

@@ -78,7 +78,7 @@ class PromptBox(TextArea):
         self._place = 0  # how far back in the history
         self._typed = ""
 
-    async def _on_key(self, event: events.Key) -> None:
+    def on_key(self, event: events.Key) -> None:
         name = next((self._actions[key] for key in (event.key, *event.aliases) if key in self._actions), None)
         if name is None:
             return  # the text area's own handler comes next
@@ -104,12 +104,13 @@ class PromptBox(TextArea):
         self._history.add(text)
         self._place = 0
 
-    async def _on_paste(self, event: events.Paste) -> None:
-        # a terminal may send the ends of lines as carriage returns
-        clean = events.Paste(event.text.replace("\r\n", "\n").replace("\r", "\n"))
-        event.prevent_default()
+    def on_paste(self, event: events.Paste) -> None:
         event.stop()
-        await super()._on_paste(clean)
+        event.prevent_default()
+        # a terminal may send the ends of lines as carriage returns
+        text = event.text.replace("\r\n", "\n").replace("\r", "\n")
+        result = self.replace(text, *self.selection, maintain_selection_offset=False)
+        self.move_cursor(result.end_location)
 
     def _send(self) -> None:
         if self.text.strip():

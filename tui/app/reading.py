@@ -29,7 +29,7 @@ def plan(app: ChatApp) -> str:
         raise UsageError("no model is loaded; /models or F6 chooses one")
     rows = ["| what | size | |", "| --- | ---: | --- |"]
     rows += [f"| {what} | {format_size(size)} | {remark} |" for what, size, remark in app.plan.rows]
-    return "\n".join([*app.plan.summary, "", *rows])
+    return "\n".join(["  \n".join(app.plan.summary), "", *rows])
 
 
 def _shown(name: str, value: object) -> str:

@@ -78,7 +78,7 @@ class Renderer:
         act = f"code:{number}"
         lines = []
         if block.first:
-            head = Text(f" {block.language or 'text'}", self.look.dim)
+            head = Text(f" {block.language or 'text'}", Style(color=self.look.dim.color, dim=self.look.dim.dim))
             head.append("  click to copy", Style(dim=True, italic=True))
             lines += [self._line(row, act, self.look.code) for row in self._rows(head, self.width)]
         lexer = block.language or "text"

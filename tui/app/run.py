@@ -47,6 +47,7 @@ def run_app(host: EngineHost, request: ChatRequest) -> int:
     try:
         code = app.run()
     finally:
+        app.tuner.close()
         app.worker.close()
         session.close()
     if app.crash is not None:

@@ -16,11 +16,12 @@ from textual.widgets.option_list import Option
 from offload.events import CacheSnapshot
 from tui.app.entries import Document
 from tui.app.look import Look
-from tui.app.map_box import ExpertMap
+from tui.app.map_box import ExpertMap, Score
+from tui.app.panel_box import LineBox
 from tui.app.transcript import Transcript
 from tui.text import one_line
 
-_BOX = """
+BOX = """
     align: center middle;
     & > Vertical { width: 92%; max-width: 110; height: 88%; border: round $primary; padding: 0 1;
         background: $background; }
@@ -30,7 +31,7 @@ _BOX = """
 class TextScreen(ModalScreen[None]):
     """Something to read; Escape closes it."""
 
-    DEFAULT_CSS = f"TextScreen {{ {_BOX} }}"
+    DEFAULT_CSS = f"TextScreen {{ {BOX} }}"
     BINDINGS = [Binding("escape,f1,q,ctrl+c", "dismiss", "close")]  # noqa: RUF012 - as Textual wants it
 
     def __init__(self, title: str, markdown: str, look: Look) -> None:
@@ -95,7 +96,7 @@ class ListScreen(ModalScreen[tuple[str, str] | None]):
     """
 
     DEFAULT_CSS = f"""
-    ListScreen {{ {_BOX} }}
+    ListScreen {{ {BOX} }}
     ListScreen OptionList {{ height: 1fr; border: none; background: $background; }}
     ListScreen Input, ListScreen Input:focus {{ border: none; height: 1; background: $surface; margin: 0 0 1 0;
         padding: 0 1; }}
@@ -207,16 +208,18 @@ class MapScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical() as box:
             box.border_title = "experts: layers down, experts across"
-            box.border_subtitle = "blue resident · green hit · red missed · yellow loading · arrows, mouse · Esc closes"
+            box.border_subtitle = "arrows or mouse tell of one · Esc closes"
+            yield LineBox(self._look, id="legend")
             yield ExpertMap(self._look, id="large-map")
 
     def on_mount(self) -> None:
         self.query_one("#large-map", ExpertMap).focus()
 
-    def show(self, snapshot: CacheSnapshot) -> None:
-        """Show a new state."""
+    def show(self, snapshot: CacheSnapshot, score: Score) -> None:
+        """Show a new state; ``score`` is the engine's."""
         for map in self.query(ExpertMap):
-            map.show(snapshot)
+            map.show(snapshot, score)
+            self.query_one("#legend", LineBox).show([map.legend])
 
 
 def _label(item: Item) -> str:

@@ -24,7 +24,7 @@ class Sidebar(Vertical):
     """Shows what :class:`tui.figures.Figures` say. The curves have a point for each new state while tokens come."""
 
     DEFAULT_CSS = """
-    Sidebar { width: 42; height: 100%; border-left: vkey $primary 30%; padding: 0 1; }
+    Sidebar { width: 42; max-width: 60%; height: 100%; border-left: vkey $primary 30%; padding: 0 1; }
     Sidebar #panel { height: auto; }
     Sidebar ExpertMap { height: 1fr; margin: 1 0 0 0; }
     """
@@ -74,4 +74,4 @@ class Sidebar(Vertical):
         panel.show(panel_lines(now, list(self._speeds), list(self._hits), effect, width, roomy))
         map = self.query_one("#map", ExpertMap)
         if map.display:
-            map.show(snapshot)
+            map.show(snapshot, engine.expert_score)
