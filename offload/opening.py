@@ -60,6 +60,7 @@ from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_row_memory, new_kv_cache
+from offload.model.modalities import other_modalities
 from offload.model.norms import fuse_norms
 from offload.model.packed import can_pack
 from offload.model.prefetchers import make_prefetcher
@@ -114,6 +115,7 @@ def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None =
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
+    _say_left_out(resolved.name, source, on_event)
     _say_quantised(settings, resolved.name, source, on_event)
     device = get_device(settings.device) if machine is None else PaperDevice(machine)
     with contextlib.closing(device):
@@ -151,6 +153,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         )
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
+    _say_left_out(resolved.name, source, on_event)
     _say_quantised(settings, resolved.name, source, on_event)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
@@ -265,6 +268,15 @@ def _say_what_fits(settings: EngineSettings, plan: AnyPlan, method: object, on_e
                 f"{plan.residency:.0%} of the experts fit the budget in the checkpoint's format; with --format int4 "
                 "almost four times as many do, at some loss of quality (--dense-format int8 makes room, too)"
             )
+        )
+
+
+def _say_left_out(name: str, source: CheckpointSource, on_event: OnEvent) -> None:
+    """What of a multimodal checkpoint is not run."""
+    if parts := other_modalities(source.config):
+        what = " and ".join(parts)
+        on_event(
+            Notice(f"{name} is run as a text model: its {what} part is left out, neither loaded nor packed nor counted")
         )
 
 
