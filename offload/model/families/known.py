@@ -31,7 +31,7 @@ DO_NOT_RUN = {
         "a layer has experts for text and others for images, in one list of tensors", "ernie4_5_moe"
     ),
     "minimax": DoesNotRun("they keep a cache of a kind of their own", "minimax_m2"),
-    "nllb_moe": DoesNotRun("they translate, with an encoder", "mixtral"),
+    "nllb-moe": DoesNotRun("they translate, with an encoder", "mixtral"),
     "openai_privacy_filter": DoesNotRun("they mark words and write none", "gpt_oss"),
     "qwen3_omni_moe": DoesNotRun("they are several models, of which one writes text", "qwen3_omni_moe_thinker"),
     "switch_transformers": DoesNotRun("they have an encoder", "mixtral"),
