@@ -59,6 +59,7 @@ from offload.meter import RunLabels, seconds_since_process_start
 from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
+from offload.model.families.deepseek_v4 import foretell_by_tokens
 from offload.model.kv_cache import kv_row_memory, new_kv_cache
 from offload.model.modalities import other_modalities
 from offload.model.norms import fuse_norms
@@ -222,6 +223,8 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     host_experts = None if host_side is None else host_side.experts(settings.miss, on_event)
     runtime = ExpertRuntime(cache, arena, loads, file, weight_format, compute, recorder, predictor, usage, host_experts)
     runtime.attach(modules)
+    if predictor is not None:
+        foretell_by_tokens(model, modules, runtime.foretell)
     decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
         products.kernels.threads = torch.get_num_threads()

@@ -124,23 +124,29 @@ def construct(cls: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrai
 
 @dataclass(frozen=True)
 class Router:
-    """What chooses experts: ``weight`` [experts, hidden], and the correction [experts] that some families add."""
+    """What chooses experts: ``weight`` [choices, hidden], and the correction [choices] that some families add.
+
+    The first ``experts`` choices are experts; those beyond, in a few families, are none.
+    """
 
     weight: torch.Tensor
     correction: torch.Tensor | None
+    experts: int
 
 
 def find_router(model: torch.nn.Module, experts: ExpertsModule) -> Router | None:
-    """The router beside an experts module, or None if there is none of the usual form."""
+    """The router beside an experts module, or None if there is none of the usual form, or a table decides."""
     block = model.get_submodule(experts.path.rpartition(".")[0])
     for module in block.modules():
         weight = module._parameters.get("weight")
+        if "tid2eid" in module._buffers:
+            return None
         if module is experts.module or weight is None or weight.dim() != 2:
             continue
         if weight.shape[0] == experts.routed_to:
             holders = ((holder, name) for holder in (module, block) for name in _CORRECTIONS)
             correction = next((found for item in holders if (found := getattr(*item, None)) is not None), None)
-            return Router(weight, None if correction is None else correction.float())
+            return Router(weight, None if correction is None else correction.float(), experts.num_experts)
     return None
 
 

@@ -13,6 +13,7 @@ from offload.checkpoint.source import open_source
 from offload.config import EngineSettings
 from offload.errors import ModelError
 from offload.events import Notice
+from offload.model import transformers_api as api
 from offload.model.families.adapters import ADAPTERS
 from offload.opening import plan_only
 from tests.engines import open_tiny
@@ -76,7 +77,7 @@ def test_adapted_families_on_a_device_with_memory_of_its_own(architecture: str, 
     settings = {"device": "simulated", "residency": 0.5, "prefetch": "next-gate"}
     with open_tiny(checkpoint, tmp_path / "packs", **settings) as engine:
         assert_equal([step.cpu() for step in logits(engine)], expected)
-        assert engine._runtime.transfers.prefetched > 0
+        assert all(api.find_router(engine._model, module) for module in api.find_experts(engine._model)), "next-gate"
 
 
 @pytest.mark.parametrize("architecture", ADAPTED)
@@ -106,6 +107,31 @@ def test_longcat_as_it_is_published(tmp_path: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     with open_tiny(checkpoint, tmp_path / "packs", residency=SMALLEST) as engine:
         assert_equal(logits(engine), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_experts_that_a_token_decides_are_foretold(device: str, tmp_path: Path) -> None:
+    """The first three layers of DeepSeek V4: a token's experts there are all known when it begins, and no others."""
+    checkpoint = build_tiny("deepseek_v4", tmp_path / "checkpoint", dtype=torch.bfloat16)
+    expected = reference_logits(checkpoint, IDS, DECODE_IDS)
+    settings = {"device": device, "residency": 0.8, "prefetch": "next-gate"}
+    with open_tiny(checkpoint, tmp_path / "packs", **settings) as engine:
+        layers = [module.mlp.is_hash for module in engine._model.model.layers]
+        assert layers == [True, True, True, False]
+        runtime = engine._runtime
+        told: list[tuple[int, list[int]]] = []
+        taken: list[tuple[int, list[int]]] = []
+        prefetch, record = runtime._prefetch, runtime.predictor.record_event
+        runtime._prefetch = lambda guess: (told.append(guess) if guess else None, prefetch(guess))[1]
+        runtime.predictor.record_event = lambda layer, experts, *, decode: (
+            taken.append((layer, experts)) if decode else None,
+            record(layer, experts, decode=decode),
+        )[1]
+        assert_equal([step.cpu() for step in logits(engine)], expected)
+    hashed = [(layer, sorted(experts)) for layer, experts in told if layer < 3]
+    assert len(hashed) == 3 * len(DECODE_IDS)
+    assert hashed == [(layer, sorted(experts)) for layer, experts in taken if layer < 3]
+    assert runtime.transfers.prefetched > 0
 
 
 def _expert_number(name: str) -> int:
