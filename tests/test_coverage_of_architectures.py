@@ -91,6 +91,12 @@ def test_what_is_said_to_run_is_what_the_tests_run() -> None:
     assert not RUNS & DO_NOT_RUN.keys()
 
 
+def test_the_manual_names_what_is_not_in_its_table() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w-]+)`", page.partition("## Beside the table")[2]))
+    assert {*FURTHER_ARCHITECTURES, *MULTIMODAL, *DO_NOT_RUN} <= named
+
+
 @pytest.mark.parametrize("model_type", sorted(DO_NOT_RUN))
 def test_what_is_said_instead_runs(model_type: str) -> None:
     assert model_type in CONFIG_MAPPING

@@ -9,11 +9,12 @@ RUNS = frozenset(
     """
     afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32
     deepseek_v4 dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe
-    glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
-    hunyuan_v1_moe hy_v3 hy_v4 inkling2 inkling2_text inkling_text internvl jamba jetmoe kimi_k25 kimi_linear kolibri1
-    laguna lfm2_moe llama4 llama4_text longcat_flash mellum mimo_v2_flash minimax_m2 minimax_m3_vl minimax_m3_vl_text
-    mistral3 mistral_large4 mixtral muse_spark nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text
-    qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp solar_open step3p7 unlimited_ocr zaya
+    glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid
+    granitemoeshared grok-1 hunyuan_v1_moe hy_v3 hy_v4 inkling2 inkling2_text inkling_text internvl jamba jetmoe
+    kimi_k25 kimi_linear kolibri1 laguna lfm2_moe llama4 llama4_text longcat_flash mellum mimo_v2_flash
+    minimax_m2 minimax_m3_vl minimax_m3_vl_text mistral3 mistral_large4 mixtral muse_spark nemotron_h olmoe
+    phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl_moe
+    qwen4_exp solar_open step3p7 unlimited_ocr zaya
     """.split()
 )
 """Each was run with a tiny random model, whose logits are those of the stock model bit for bit."""
