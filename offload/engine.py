@@ -49,7 +49,7 @@ from offload.model.work import model_work
 from offload.protocol import Message, OnLoad, PreparedRow, TakeRow
 
 if TYPE_CHECKING:
-    from offload.opening import PlannedModel
+    from offload.memory.planned import PlannedModel
 
 
 def open_engine(settings: EngineSettings, on_event: OnLoad) -> Engine:

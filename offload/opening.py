@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -30,7 +29,7 @@ from offload.compute.choose import decoders_for_cpu, expert_compute, grouped_ker
 from offload.compute.decoded import decode_bytes
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
-from offload.config import DEFAULT_CONTEXT_TOKENS, MISSES, EngineSettings, format_count
+from offload.config import DEFAULT_CONTEXT_TOKENS, MISSES, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
 from offload.devices.on_paper import PaperDevice
@@ -42,8 +41,9 @@ from offload.live import LiveView
 from offload.memory.activations import activation_bytes, experts_per_token, host_compute_bytes, row_bytes, staged_bytes
 from offload.memory.chunk import CANDIDATES as CHUNKS
 from offload.memory.chunk import choose_chunk
-from offload.memory.estimate import Estimate, Work, estimate
+from offload.memory.estimate import Work, estimate
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
+from offload.memory.planned import PlannedModel
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
 from offload.memory.rows import (
     CANDIDATES,
@@ -66,43 +66,12 @@ from offload.model.packed import can_pack
 from offload.model.prefetchers import make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.row_cache import whole_blocks_of
-from offload.model.skeleton import WeightCounts, count_weights, load_skeleton, skeleton_bytes
+from offload.model.skeleton import count_weights, load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
 from offload.notices import say_what_is_run
 from offload.protocol import OnLoad
 
 _DEMO_RESIDENCY = 0.5
-
-
-class PlannedModel(NamedTuple):
-    """A plan, what it was made of and, for named hardware, what to expect of it."""
-
-    plan: AnyPlan
-    weights: WeightCounts
-    expected: Estimate | None = None
-    by_miss: Mapping[str, float] = {}
-    """Tokens a second with each ``--miss``."""
-
-    def summary(self) -> list[str]:
-        share = self.weights.experts / self.weights.total
-        weights = (
-            f"{format_count(self.weights.total)} weights, {share:.0%} of them in {self.plan.sizes.num_experts} experts"
-        )
-        first, *rest = self.plan.summary()
-        lines = [first, weights, *rest, *(self.expected.summary() if self.expected is not None else [])]
-        if self.by_miss:
-            lines.append(
-                "--miss: " + ", ".join(f"{name} {rate:.1f}" for name, rate in self.by_miss.items()) + " tokens/s"
-            )
-        return lines
-
-    def rows(self) -> list[tuple[str, int, str]]:
-        return self.plan.rows()
-
-    def to_json(self) -> dict[str, Any]:
-        found = self.plan.to_json() | {"weights": self.weights.total, "expert_weights": self.weights.experts}
-        expected = {} if self.expected is None else {"expected": self.expected.to_json()}
-        return found | expected | ({"tokens_per_s_by_miss": dict(self.by_miss)} if self.by_miss else {})
 
 
 def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:

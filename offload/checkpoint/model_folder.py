@@ -10,6 +10,7 @@ from typing import Any
 from offload.errors import ModelError
 
 CONFIG_FILE = "config.json"
+_MISTRAL_CONFIG = "params.json"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # A clone without Git LFS leaves a text of about 130 bytes in place of each large file.
@@ -28,6 +29,11 @@ def check_model_folder(folder: Path, weights: bool = True) -> None:
         raise ModelError(f"--model: '{folder}' is not a folder; give the folder that holds {CONFIG_FILE}")
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
         return
+    if (folder / _MISTRAL_CONFIG).exists() and not (folder / CONFIG_FILE).exists():
+        raise ModelError(
+            f"'{folder}' is in Mistral's own layout ({_MISTRAL_CONFIG}, consolidated weights), which is not read; take "
+            f"the model in transformers' layout, with {CONFIG_FILE}"
+        )
     read_json_object(folder / CONFIG_FILE)
     if weights:
         _check_weights(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -13,16 +12,10 @@ from offload.checkpoint.dense_file import DenseFile
 from offload.checkpoint.source import CheckpointSource
 from offload.compute.product import Products
 from offload.events import LoadProgress
+from offload.memory.planned import WeightCounts
 from offload.memory.process import release_free_memory
 from offload.model import transformers_api as api
 from offload.model.dense import DenseMatrix, find_dense, replace_dense
-
-
-class WeightCounts(NamedTuple):
-    """How many weights a model has, tied ones counted once, and how many of them are its routed experts'."""
-
-    total: int
-    experts: int
 
 
 def count_weights(model: PreTrainedModel, experts: list[api.ExpertsModule]) -> WeightCounts:

@@ -45,6 +45,12 @@ def test_whole_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find("~/my model").folder == folder
 
 
+def test_mistrals_own_layout_is_named(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "params.json")
+    with pytest.raises(ModelError, match=r"Mistral's own layout .* take the model in transformers' layout"):
+        find(folder)
+
+
 def test_missing_shard_is_named(folder: Path) -> None:
     shard(folder, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"x" * 64)

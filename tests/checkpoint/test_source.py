@@ -55,6 +55,32 @@ def test_every_tensor_is_an_expert_or_skeleton(model_type: str, tmp_path: Path) 
     assert all(file.exists() for file in source.files.values())
 
 
+def test_kimi_k2_is_read_as_what_it_is(tmp_path: Path) -> None:
+    folder = build_tiny("deepseek_v3", tmp_path, tokenizer=False)
+    known = open_source(folder)
+    edit_config(folder, model_type="kimi_k2", auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"})
+    source = open_source(folder)
+    assert type(source.model) is type(known.model)
+    assert (source.expert_sources.keys(), source.dtype) == (known.expert_sources.keys(), known.dtype)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_dtype_of_a_checkpoint_whose_config_names_none(weights: bool, model: Path) -> None:
+    """That of its first weights, which codes of 8 bits are not; without files that of most published models."""
+    config = json.loads((model / "config.json").read_text())
+    del config["dtype"]
+    (model / "config.json").write_text(json.dumps(config))
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        first = min(tensors)
+        tensors |= {f"a.{first}": tensors[first].to(torch.float8_e4m3fn)}
+        file.unlink()
+        if weights:
+            save_file({name: t if name != first else t.half() for name, t in tensors.items()}, file)
+    (model / INDEX_FILE).unlink()
+    assert open_source(model, weights=weights).dtype == (torch.float16 if weights else torch.bfloat16)
+
+
 def test_planning_reads_the_config_alone(model: Path) -> None:
     for file in [*model.glob("*.safetensors"), model / INDEX_FILE]:
         file.unlink()
