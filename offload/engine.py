@@ -388,6 +388,7 @@ class Engine(LiveMethods):
         passes = RowPasses(
             self._model,
             self._device,
+            self._decoding,
             self._runtime,
             self._rooms,
             self.plan.sizes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class RowPasses:
         self,
         model: PreTrainedModel,
         device: Device,
+        decoding: AbstractContextManager[None],
         runtime: ExpertRuntime,
         rooms: Rooms,
         sizes: ModelSizes,
@@ -45,6 +47,7 @@ class RowPasses:
         self.requests, self.forwards = first_request, first_forward
         self._model = model
         self._device = device
+        self._decoding = decoding
         self._runtime = runtime
         self._rooms = rooms
         self._notices = notices
@@ -66,6 +69,7 @@ class RowPasses:
             stop_ids=stop_ids,
             sampler=lambda sampling: Sampler(sampling, defaults),
             run=self._pass,
+            decoding=self._decoding,
             make_room=self._make_room,
             cancelled=self._runtime.cancelled.is_set,
             on_admit=self._on_admit,
@@ -84,7 +88,7 @@ class RowPasses:
         self._runtime.current = ForwardPass(*of_rows[0][:2], self.forwards, decode, of_rows, recent)
         self.forwards += 1
         began = self._device.now()
-        with self._device.running():
+        with self._device.running(), self._decoding if decode else nullcontext():
             logits = self._attention.run(segments, self._device.torch_device).to("cpu")
         self._meter.tally.count_pass(self._device.now() - began, [part.count for part in parts], decode)
         return logits

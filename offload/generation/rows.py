@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class _Row:
         self._sampler = host.sampler(prepared.sampling)
         self._stop_ids = host.stop_ids
         self._answer = AnswerText(host.tokenizer, host.form, prepared.ids, prepared.sampling.stop)
+        self._decoding = host.decoding
 
     @property
     def new_tokens(self) -> int:
@@ -63,7 +65,8 @@ class _Row:
 
     def choose(self, logits: torch.Tensor) -> FinishReason | None:
         """Take the next token; the reason if it was the last."""
-        token = self._sampler(self.tokens, logits)
+        with self._decoding:
+            token = self._sampler(self.tokens, logits)
         self.tokens.append(token)
         ended = token in self._stop_ids and not self.sampling.ignore_eos
         self._answer.add(token, ended)
@@ -81,7 +84,7 @@ class _Row:
 class RowHost:
     """What an engine lends to its rows, and what it wants to be told of: each row that is taken, each new token, and
     how many tokens of a row were copied from another. ``make_room`` tells of an error whether memory was used up and is
-    to be had now.
+    to be had now. ``decoding`` surrounds the choice of a token.
     """
 
     tokenizer: Any
@@ -89,6 +92,7 @@ class RowHost:
     stop_ids: frozenset[int]
     sampler: Callable[[SamplingSettings], Sampler]
     run: RunPass
+    decoding: AbstractContextManager[None]
     make_room: Callable[[Exception], bool]
     cancelled: Callable[[], bool]
     on_admit: Callable[[PreparedRow], None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from offload.config import SamplingSettings
 from offload.engine import Engine
@@ -15,6 +16,7 @@ from offload.errors import ContextError, ExpertFileError, UsageError
 from offload.events import RowDone, RowsPass, RunStats
 from offload.protocol import PreparedRow
 from tests.engines import finish, open_tiny
+from tests.model.row_error import measure
 from tests.tiny_models import build_tiny
 
 SYSTEM = "You are a helpful assistant that answers in few words. "
@@ -102,6 +104,26 @@ def test_every_row_answers_as_it_does_alone(
         finish(engine.generate(*rows[0]))  # and it still answers single questions
         again = answer_rows(engine, [engine.prepare(*row) for row in rows[:2]])
         assert again[1].text == alone[1].text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "most"),
+    [
+        (torch.float32, {}, 4e-6),
+        (torch.float32, {"format": "int4", "dense_format": "int8"}, 4e-6),
+        (torch.bfloat16, {"format": "int4", "dense_format": "int8"}, 0.1),
+    ],
+)
+def test_tokens_are_equal_wherever_the_best_is_ahead_by_more_than_the_error(
+    dtype: torch.dtype, settings: dict[str, str], most: float, tmp_path: Path
+) -> None:
+    """``most`` is the error that was measured, relative to the largest logit (docs/batch.md)."""
+    folder = build_tiny("olmoe", tmp_path / "checkpoint", dtype=dtype)
+    with open_tiny(folder, tmp_path, residency=0.5, **settings) as engine:
+        rows, _ = measure(engine, [engine.encode(text) for text, _ in prompts(9)], 12)
+        assert rows.positions == 9 * 12
+        assert rows.error <= most * rows.largest
+        assert rows.lost_gap <= most * rows.largest
 
 
 def test_an_expert_is_read_once_for_all_rows_of_a_pass(checkpoints: Callable[[str], Path], packs: Path) -> None:

@@ -2,8 +2,8 @@
 
     python -m tests.model.row_error MODEL [--format int4] [--rows 8] [--tokens 24]
 
-All rows get the same tokens in both runs, those of the greedy answers alone. Prints the largest difference of a logit,
-the largest difference of the gap between the best two, and where the best token differs, the gap there.
+All rows get the same tokens in both runs, those of the greedy answers alone. To compare with: the same prompts alone,
+but in two chunks, which is as good an order of rounding as any.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """Over ``positions`` logits rows. ``error``: the largest difference of one logit; ``gap_error``: the most that the
-    gap of the best two changed. ``lost_gap``: the largest gap at which another token came out best, 0 if none did.
+    """Over ``positions``: ``error`` is the largest difference of one logit, ``gap_error`` the most that the gap of the
+    best two changed, ``largest`` the largest logit. ``other_tokens`` came out best elsewhere, at gaps of up to
+    ``lost_gap``.
     """
 
     positions: int
@@ -47,25 +48,30 @@ class RowError:
 
 
 @torch.inference_mode()
-def measure(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> RowError:
-    """Every prompt alone, answered greedily by ``tokens`` tokens, and then all together over the same tokens."""
+def measure(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> tuple[RowError, RowError]:
+    """Every prompt alone, answered greedily by ``tokens`` tokens, against all together over the same tokens; and, to
+    compare with, against alone with each prompt in two chunks.
+    """
     model, runtime, device = engine._model, engine._runtime, engine._device
     most = max(map(len, prompts)) + tokens
 
-    alone: list[torch.Tensor] = []
-    answers: list[list[int]] = []
-    for prompt in prompts:
-        cache, step, found, answer = new_kv_cache(model.config, most), list(prompt), [], []
-        for number in range(tokens):
-            runtime.current = ForwardPass(decode=number > 0)
+    def alone(prompt: list[int], answer: list[int] | None = None) -> torch.Tensor:
+        """Logits [tokens, V]. With ``answer`` these are the tokens, and the prompt comes in two chunks."""
+        cache, found = new_kv_cache(model.config, most), []
+        steps = [prompt] if answer is None else [prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]]
+        while len(found) < tokens:
+            step = steps.pop(0)
+            runtime.current = ForwardPass(decode=bool(found))
             with device.running():
                 ids = torch.tensor([step], device=device.torch_device)
                 logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-            found.append(logits.to("cpu").float())
-            step = [int(found[-1].argmax())]
-            answer += step
-        alone.append(torch.stack(found))
-        answers.append(answer)
+            if not steps:
+                found.append(logits.to("cpu").float())
+                steps.append([int(found[-1].argmax()) if answer is None else answer[len(found) - 1]])
+        return torch.stack(found)
+
+    expected = [alone(prompt) for prompt in prompts]
+    answers = [logits.argmax(1).tolist() for logits in expected]
     caches = [new_kv_cache(model.config, most) for _ in prompts]
     together: list[torch.Tensor] = []
     attention = RowAttention(model)
@@ -75,7 +81,8 @@ def measure(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> RowErr
             steps = prompts if number == 0 else [[answer[number - 1]] for answer in answers]
             segments = [Segment(cache, list(step)) for cache, step in zip(caches, steps, strict=True)]
             together.append(attention.run(segments, device.torch_device).to("cpu").float())
-    return compare(torch.cat(alone), torch.stack(together, 1).flatten(0, 1))
+    parts = torch.cat([alone(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
+    return compare(torch.cat(expected), torch.stack(together, 1).flatten(0, 1)), compare(torch.cat(expected), parts)
 
 
 def compare(alone: torch.Tensor, together: torch.Tensor) -> RowError:
@@ -110,8 +117,8 @@ def main() -> None:
     )
     with open_engine(settings, lambda event: None) as engine:
         texts = [QUESTIONS[number % len(QUESTIONS)] for number in range(given.rows)]
-        found = measure(engine, [engine.encode(text) for text in texts], given.tokens)
-    print(found)
+        rows, parts = measure(engine, [engine.encode(text) for text in texts], given.tokens)
+    print(f"rows together: {rows}\nprompts in two chunks: {parts}")
 
 
 if __name__ == "__main__":
