@@ -1,7 +1,7 @@
 """Measures ``--miss`` on simulated hardware with a checkpoint of Qwen3-30B-A3B's proportions.
 
 ``python -m tests.model.measure_misses rtx4060 rtx4090`` prints a table of virtual tokens a second by residency and
-strategy, each against what the lanes allow for the hits that were achieved.
+strategy, each against what the lanes allow for the hits that were achieved; with ``--replay`` for the whole model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cache.events import trace_events
+from cache.hardware import HARDWARE
 from cache.machines import load_machine
+from cache.simulate import ReplaySettings, replay_events
 from cache.synthetic import MODELS, synthetic_trace
+from cache.trace import Trace, load_trace
 from offload.config import MISSES
 from offload.engine import Engine
 from tests.engines import open_tiny
@@ -36,6 +41,8 @@ SIZES = {
 LAYERS = (6, 15, 31, 40)
 """Of its 48: those whose routing the four follow."""
 PROMPT = 48
+RESIDENCIES = (0.125, 0.25, 0.5)
+LAUNCHES = 77  # of a layer, as offload/memory/estimate.py has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,7 @@ class Measured:
     kernels, computes experts on the CPU and waits for kernels; and the link. Hits and misses as they were."""
 
     tokens_per_s: float
-    prefill_tokens_per_s: float
+    prefill_tokens_per_s: float | None
     hit_rate: float
     on_cpu: float
     bound: float
@@ -112,30 +119,52 @@ def measure(checkpoint: Path, packs: Path, hardware: Path | str, tokens: int = 1
         return Measured((tokens - tokens // 2) / seconds, PROMPT / prefill, hits / accesses, on_cpu / accesses, share)
 
 
+def replayed(name: str, trace: Trace, residency: float, miss: str) -> Measured:
+    """The whole model, every record in RAM: a replay of ``trace``, with what a token costs beside its experts."""
+    events = trace_events(trace)
+    layers = len(events.layers())
+    slots = round(layers * int(SIZES["num_experts"]) * residency)
+    hardware = replace(HARDWARE[name], disk_bytes_per_s=None, dense_s=layers * LAUNCHES * load_machine(name).launch_s)
+    found = replay_events(events, ReplaySettings(slots=slots, record_bytes=RECORD_BYTES, hardware=hardware, miss=miss))
+    seconds, total = found.seconds, found.total
+    assert seconds is not None
+    bound = max(seconds.compute, seconds.link) / seconds.total
+    return Measured(
+        seconds.tokens_per_s or 0.0, None, total.hit_rate or 0.0, float(total.on_cpu.sum()) / total.accesses, bound
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("machines", nargs="+")
     parser.add_argument("--prefetch", default="off")
+    parser.add_argument("--replay", nargs="?", const="", metavar="TRACE", help="of the whole model, without computing")
     given = parser.parse_args()
+    print("| machine | residency | --miss | tokens/s | of the bound | hits | on the CPU | prefill tokens/s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    if given.replay is not None:
+        habits = replace(MODELS["qwen3-30b-a3b"], requests=2, tokens=128)
+        trace = load_trace(Path(given.replay)) if given.replay else synthetic_trace(habits)
+        for name, residency, miss in product(given.machines, RESIDENCIES, MISSES):
+            show(name, residency, miss, replayed(name, trace, residency, miss))
+        return
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         checkpoint = build(folder / "checkpoint")
-        print("| machine | residency | --miss | tokens/s | of the bound | hits | on the CPU | prefill tokens/s |")
-        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         with open_tiny(checkpoint, folder, residency=0.01) as engine:
             record = engine.plan.sizes.slot_bytes
-        for name in given.machines:
-            hardware = scaled(name, record, folder)
-            for residency in (0.125, 0.25, 0.5):
-                for miss in MISSES:
-                    found = measure(
-                        checkpoint, folder, hardware, residency=residency, miss=miss, prefetch=given.prefetch
-                    )
-                    print(
-                        f"| {name} | {residency:.1%} | {miss} | {found.tokens_per_s:.1f} | {found.bound:.2f} | "
-                        f"{found.hit_rate:.0%} | {found.on_cpu:.0%} | {found.prefill_tokens_per_s:.0f} |",
-                        flush=True,
-                    )
+        for name, residency, miss in product(given.machines, RESIDENCIES, MISSES):
+            settings = {"residency": residency, "miss": miss, "prefetch": given.prefetch}
+            show(name, residency, miss, measure(checkpoint, folder, scaled(name, record, folder), **settings))
+
+
+def show(name: str, residency: float, miss: str, found: Measured) -> None:
+    prefill = "" if found.prefill_tokens_per_s is None else f"{found.prefill_tokens_per_s:.0f}"
+    print(
+        f"| {name} | {residency:.1%} | {miss} | {found.tokens_per_s:.1f} | {found.bound:.2f} | {found.hit_rate:.0%} | "
+        f"{found.on_cpu:.0%} | {prefill} |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
