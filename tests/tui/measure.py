@@ -2,7 +2,7 @@
 
 ``python -m tests.tui.measure echo``: milliseconds from a keystroke to its echo while an answer streams, with 200
 messages on the screen and an answer of 2,000 lines. ``python -m tests.tui.measure cost``: decoding speed of the demo
-model in the full-screen chat against the plain one, in turns.
+model in the full-screen chat against the plain one, in turns. Both print JSON.
 """
 
 from __future__ import annotations
@@ -127,25 +127,37 @@ def measure_cost(rounds: int, tokens: int) -> dict[str, list[float]]:
     return speeds
 
 
+def share(times: list[float], part: float) -> float:
+    """The value that ``part`` of the sorted ``times`` do not exceed."""
+    return times[min(len(times) - 1, int(part * len(times)))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("echo", "cost", "child"))
     parser.add_argument("numbers", nargs="*", type=float)
     parser.add_argument("--rate", type=float, default=100, help="tokens a second of the streaming answer")
+    parser.add_argument("--lines", type=int, default=2000, help="of the answer")
+    parser.add_argument("--messages", type=int, default=200, help="on the screen before it")
     parser.add_argument("--keys", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=150)
     given = parser.parse_args()
+    found: dict[str, object]
     if given.what == "child":
         child(int(given.numbers[0]), int(given.numbers[1]), given.numbers[2])
-    elif given.what == "echo":
-        times = sorted(measure_echo(2000, 200, given.rate, given.keys))
-        print(f"{len(times)} keystrokes at {given.rate:.0f} tokens/s, 200 messages, an answer of 2,000 lines")
-        print(f"median {statistics.median(times):.1f} ms, 95 % below {times[int(0.95 * len(times))]:.1f} ms, "
-              f"most {times[-1]:.1f} ms")  # fmt: skip
+        return
+    if given.what == "echo":
+        times = sorted(measure_echo(given.lines, given.messages, given.rate, given.keys))
+        found = {
+            "lines": given.lines, "messages": given.messages, "tokens_per_s": given.rate, "keystrokes": len(times),
+            "median_ms": statistics.median(times), "p95_ms": share(times, 0.95), "most_ms": times[-1],
+        }  # fmt: skip
     else:
-        for name, speeds in measure_cost(given.rounds, given.tokens).items():
-            print(f"{name}: {statistics.median(speeds):.2f} tokens/s ({', '.join(f'{s:.2f}' for s in speeds)})")
+        speeds = measure_cost(given.rounds, given.tokens)
+        plain, full = (statistics.median(speeds[name]) for name in ("plain", "full screen"))
+        found = {"tokens_per_s": speeds, "median": {"plain": plain, "full screen": full}, "cost": 1 - full / plain}
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

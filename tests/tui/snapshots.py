@@ -25,7 +25,7 @@ from tui.settings import LookSettings
 FOLDER = Path(__file__).with_name("snapshots")
 SIZES = ((80, 24), (160, 50))
 _ANSWER = (
-    "<think>\nA list, then code.\n</think>\n\n",
+    "A list, then code.",
     "# Three colours\n\nHere they **are**, with `code`:\n\n",
     "1. red\n2. green\n3. blue\n\n",
     "```python\nfor colour in ('red', 'green'):\n    print(colour)  # each\n```\n",
@@ -75,7 +75,7 @@ PICTURES = ("chat", "map")
 
 async def take(scene: str, size: tuple[int, int], folder: Path) -> tuple[str, str]:
     """(the picture as SVG, the text) of a scene."""
-    host = host_of(Answer(_ANSWER), Answer(("It goes", " on"), waits=True))
+    host = host_of(Answer(_ANSWER, thoughts=1), Answer(("It goes", " on"), waits=True))
     app = make_app(folder, host, look=LookSettings("dark"))
     async with running(app, size) as pilot:
         app.prompt.cursor_blink = False

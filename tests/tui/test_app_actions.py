@@ -454,7 +454,7 @@ def test_scrolling_up_stays_and_the_end_follows_again(tmp_path: Path) -> None:
 @does("/stop", "/think", "/edit", "/editor", "/new", "/drawer", "/models", "/quit")
 def test_what_has_a_key_has_a_command_too(tmp_path: Path) -> None:
     async def test() -> None:
-        answers = (Answer(("<think>well</think>", "some "), waits=True), Answer())
+        answers = (Answer(("well", "some "), thoughts=1, waits=True), Answer())
         app = make_app(tmp_path, host_of(*answers))
         async with running(app) as pilot:
             await enter(pilot, "hi")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,34 @@ def chat(folder: Path, *flags: str, size: tuple[int, int] = (130, 45)) -> Iterat
         terminal.close()
 
 
+def figures_agree(page: str, stats: dict[str, Any]) -> None:
+    """What the panel says is what ``--stats-json`` says of the same run, to the last digit shown."""
+    experts, slots = stats["experts"], stats["memory"]["expert_slots"]
+    assert f"{stats['decode_tokens_per_s']:.1f} mean" in page, page
+    assert f"{100 * experts['hit_rate']:.1f} % conversation" in page, page
+    assert f"{slots} of {slots} hold experts" in page, page
+
+
+def test_an_answer_a_change_and_the_figures(demo_model_dir: Path, tmp_path: Path) -> None:
+    """The short version of the one below."""
+    stats_file = tmp_path / "stats.json"
+    with chat(tmp_path, "--stats-json", str(stats_file), "--max-new-tokens", "12") as terminal:
+        terminal.wait("chat with demo")
+        terminal.type("Name three colours.\r")
+        terminal.wait("tokens/s · first token")
+        terminal.type("/policy lru\r")
+        terminal.wait("→ lru")
+        page = terminal.settled()
+        terminal.type("\x11")
+        assert terminal.leave() == 0
+        assert restored(terminal)
+    stats = json.loads(stats_file.read_text())
+    assert stats["policy"] == "lru"
+    figures_agree(page, stats)
+    saved = next((tmp_path / "data" / "run-local" / "conversations").glob("*.jsonl"))
+    assert "Name three colours." in saved.read_text()
+
+
 @pytest.mark.slow
 def test_start_ask_stop_change_resume_quit(demo_model_dir: Path, tmp_path: Path) -> None:
     stats_file = tmp_path / "stats.json"
@@ -45,18 +74,21 @@ def test_start_ask_stop_change_resume_quit(demo_model_dir: Path, tmp_path: Path)
         terminal.wait("stopped · ")
         terminal.type("/policy lru\r")
         terminal.wait("→ lru")
+        terminal.type("/tune\r")
+        terminal.wait("it is from now on")
         terminal.type("And now?\r")
-        terminal.wait(lambda text: text.count("tokens/s · first token") == 3)
+        terminal.wait(lambda text: "tokens/s · first token" in text.partition("› And now?")[2])
         page = terminal.settled()
+        terminal.type("/tune\r")
+        terminal.wait(lambda text: "Change to" in text or "Keep lru" in text)
+        terminal.type("\x1b")
+        terminal.wait("And now?")
         terminal.type("\x11")
         assert terminal.leave() == 0
         assert restored(terminal)
     stats = json.loads(stats_file.read_text())
     assert stats["policy"] == "lru"
-    decoded, experts = stats["decode_tokens_per_s"], stats["experts"]
-    assert f"{decoded:.1f} mean" in page
-    assert f"{100 * experts['hit_rate']:.1f} % conversation" in page, page
-    assert f"{stats['memory']['expert_slots']} of {stats['memory']['expert_slots']} hold experts" in page
+    figures_agree(page, stats)
     saved = next((tmp_path / "data" / "run-local" / "conversations").glob("*.jsonl"))
     assert "Name three colours." in saved.read_text()
 
@@ -68,6 +100,7 @@ def test_start_ask_stop_change_resume_quit(demo_model_dir: Path, tmp_path: Path)
         assert restored(terminal)
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_conversation_and_a_usable_terminal(demo_model_dir: Path, tmp_path: Path) -> None:
     with chat(tmp_path, size=(80, 24)) as terminal:
         terminal.wait(lambda text: "prefetch off" in text and "Steps" not in text)
