@@ -46,7 +46,7 @@ class GroupedExperts(ExpertCompute):
 
 
 class _GroupedEvent(EventCompute):
-    """Rows are pairs of a token and one of its experts, sorted by expert and then by token."""
+    """Rows are pairs of a token and one of its experts, sorted by expert; ``_products`` holds one product for each."""
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class _GroupedEvent(EventCompute):
         self._top_k_weights = top_k_weights.contiguous()
         self._weights_of = weights_of
         tokens, k = top_k_index.shape
-        flat = top_k_index.to("cpu").reshape(-1)
+        # an expert's rows stand as in the other computes of the format, which may do a part of the event
+        flat = (top_k_index.t() if owner.native else top_k_index).to("cpu").reshape(-1)
         order = torch.argsort(flat, stable=True)
         experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
         self._rows: dict[int, tuple[int, int]] = {}  # of each expert: its first row, and how many
@@ -75,13 +76,13 @@ class _GroupedEvent(EventCompute):
                 self._rows[expert] = (rows, count)
                 rows += count
         self.experts = list(self._rows)
-        self._order = order[:rows]
-        self._k = k
+        order = order[:rows]
+        self._token, self._choice = (order % tokens, order // tokens) if owner.native else (order // k, order % k)
         self._size: int | None = None
         self._token_of: torch.Tensor | None = None
         if tokens > 1:
             self._size = row_tile(rows, len(self.experts))
-            self._token_of = self._kernels.upload((self._order // k).to(torch.int32))
+            self._token_of = self._kernels.upload(self._token.to(torch.int32))
         dtype = hidden.dtype if owner.native else torch.float32
         self._products = torch.empty(rows, hidden.shape[-1], dtype=dtype, device=hidden.device)
 
@@ -114,7 +115,7 @@ class _GroupedEvent(EventCompute):
             weighted = torch.result_type(products, routed)
             sums = sum_dtype(self._module, self._hidden, routed)
         output = torch.empty_like(self._hidden)
-        row_of = self._kernels.upload(summands(self._order, *routed.shape))
+        row_of = self._kernels.upload(summands(self._token, self._choice, *routed.shape))
         self._kernels.run(combination(products, routed, row_of, output, weighted, sums))
         return output
 
@@ -149,15 +150,15 @@ class _GroupedEvent(EventCompute):
         return placed[0], placed[1], self._kernels.upload(torch.tensor(tiles))
 
 
-def summands(order: torch.Tensor, tokens: int, k: int) -> torch.Tensor:
+def summands(token: torch.Tensor, choice: torch.Tensor, tokens: int, k: int) -> torch.Tensor:
     """Of each token, in ascending order of expert: which of its k choices it is, and the row of its product, -1 where
     there are fewer than k. int32[tokens, k, 2].
 
-    ``order`` int64[rows] names the pair of each row: token * k + choice.
+    ``token`` and ``choice`` int64[rows] are those of each row.
     """
-    token, row = torch.sort(order // k, stable=True)
+    token, row = torch.sort(token, stable=True)
     count = torch.bincount(token, minlength=tokens)
     place = torch.arange(len(row)) - (count.cumsum(0) - count)[token]
     table = torch.tensor([0, -1], dtype=torch.int32).repeat(tokens, k, 1)
-    table[token, place] = torch.stack([order[row] % k, row], 1).to(torch.int32)
+    table[token, place] = torch.stack([choice[row], row], 1).to(torch.int32)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -109,7 +110,9 @@ def test_a_prompt_of_sixteen_thousand_tokens(tmp_path: Path, chunk: str) -> None
 
 @pytest.mark.demo
 def test_the_demo_in_a_tight_budget(demo_model_dir: Path) -> None:
-    check("demo", 690 * MIB, {}, PROMPT, new_tokens=20)
+    # torch imports Triton where it is installed, and its library is large
+    ram = 760 if importlib.util.find_spec("triton") else 690
+    check("demo", ram * MIB, {}, PROMPT, new_tokens=20)
 
 
 @pytest.mark.slow

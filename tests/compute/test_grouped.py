@@ -129,6 +129,26 @@ def test_the_result_does_not_depend_on_who_shares_a_launch(name: str, grouped: G
         assert calls == 2 * len(set(event[1].flatten().tolist()) - {EXPERTS})
 
 
+@pytest.mark.parametrize("name", ["int4", "native"])
+def test_products_from_elsewhere_are_taken(name: str, grouped: GroupedKernels) -> None:
+    """As of an event of which the CPU computes a part: with its own routing, each weight 1."""
+    weights = weights_on(grouped.device, NORMED, name, torch.float32)
+    reference = expert_compute(get_format(name), Products(None, 0))
+    for tokens in (1, 9):
+        states, chosen, routed = event = routing(grouped.device, tokens, torch.float32)
+        expected, _ = computed(reference, NORMED, weights, event)
+        begun = GroupedExperts(grouped, native=name == "native").begin(NORMED, *event, weights.__getitem__)
+        here, there = begun.experts[::2], begun.experts[1::2]
+        nobody = torch.where(torch.isin(chosen, torch.tensor(there, device=grouped.device)), chosen, EXPERTS)
+        other = reference.begin(NORMED, states, nobody, torch.ones_like(routed), weights.__getitem__)
+        assert list(other.experts) == there
+        begun.compute([ExpertKey(0, expert) for expert in here])
+        other.compute([ExpertKey(0, expert) for expert in there])
+        for expert in there:
+            begun.accept(expert, other.products(expert))
+        assert (begun.result() - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_calls_are_cut_to_what_the_plan_counts(grouped: GroupedKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = weights_on(grouped.device, PLAIN, "native", torch.float32)
     compute = GroupedExperts(grouped, native=True)
@@ -175,7 +195,7 @@ def test_sums_are_those_of_index_add(dtype: torch.dtype, grouped: GroupedKernels
     products = torch.randn(len(order), 600).to(dtype)
     expected = torch.zeros(11, 600, dtype=dtype)
     expected.index_add_(0, order // TOP_K, products * routed.reshape(-1)[order, None])
-    table = grouped.upload(summands(order, 11, TOP_K))
+    table = grouped.upload(summands(order // TOP_K, order % TOP_K, 11, TOP_K))
     found = torch.empty(11, 600, dtype=dtype, device=grouped.device)
     grouped.run(combination(products.to(grouped.device), routed.to(grouped.device), table, found, dtype, dtype))
     assert torch.equal(found.cpu(), expected)
