@@ -109,6 +109,28 @@ def test_memory_beyond_the_budget_is_refused_and_freed_memory_counts_again(devic
     assert device.vram.used == 0
 
 
+def test_a_smaller_budget_does_not_hit_what_was_launched_before(device: SimulatedDevice) -> None:
+    class Kernel:
+        experts, calls = (0,), 1
+
+        def begin(self, *args: Any) -> Any:
+            return self
+
+        def compute(self, ready: Any) -> None:
+            assert gate.wait(30)
+            torch.ones(1000, device=device.torch_device)  # a card would have taken it at the launch
+
+    gate = threading.Event()
+    arena = device.allocate_slots(1, SLOT)
+    assert isinstance(arena, SimSlotArena)
+    kernels = SimExperts(Kernel(), device.world, device._kernels, arena)  # type: ignore[arg-type]
+    kernels.begin(None, torch.empty(1), torch.empty(1), torch.empty(1), lambda key: {}).compute([])
+    threading.Timer(0.05, gate.set).start()
+    device.set_budget(device.vram.used)
+    device._kernels.synchronize()
+    assert device.vram.budget == device.vram.used == arena.segment_slots * SLOT
+
+
 def test_slots_beyond_the_budget(device: SimulatedDevice) -> None:
     device.set_budget(100 * SLOT)
     arena = device.allocate_slots(200, SLOT)

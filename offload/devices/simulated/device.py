@@ -78,6 +78,9 @@ class SimulatedDevice(Device):
         return CONTEXT_BYTES
 
     def set_budget(self, size: int) -> None:
+        # A card gives a kernel its memory as it is launched; these take theirs as they run. What a pass that was given
+        # up has launched must not ask for memory under the new budget.
+        self._drain()
         self.vram.budget = size
 
     def memory(self) -> DeviceMemory | None:
@@ -108,9 +111,7 @@ class SimulatedDevice(Device):
         return isinstance(error, VramExhausted)
 
     def recover(self) -> None:
-        for stream in (self._up, self._down, self._kernels):
-            with contextlib.suppress(VramExhausted):
-                stream.synchronize()
+        self._drain()
         gc.collect()  # what the failed pass left
 
     def now(self) -> float:
@@ -123,6 +124,12 @@ class SimulatedDevice(Device):
     def close(self) -> None:
         for stream in (self._kernels, self._up, self._down):
             stream.close()
+
+    def _drain(self) -> None:
+        """Wait for all that was launched. That it found no memory, nobody needs to know any more."""
+        for stream in (self._up, self._down, self._kernels):
+            with contextlib.suppress(VramExhausted):
+                stream.synchronize()
 
     def _placed(self, value: Any) -> Any:
         if isinstance(value, QuantizedMatrix):
