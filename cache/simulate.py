@@ -15,7 +15,7 @@ from cache.hardware import Hardware
 from cache.keys import ExpertKey
 from cache.misses import MOST_ADMITTED, ExpertWork, MissPlanner, MissRates
 from cache.policies import PolicyContext, is_simulation_only, make_policy
-from cache.predictors import PredictorContext, make_predictor
+from cache.predictors import PREFETCH_LAYERS, PredictorContext, make_predictor
 from cache.replay_result import PART_COLUMNS, Part, Prediction, Seconds
 from cache.shares import even_share
 from cache.timeline import Timeline
@@ -301,16 +301,22 @@ class _Replay:
 
     def _prefetch(self, layer: int) -> None:
         assert self.predictor is not None
-        after = self.predictor.layer_after(layer)
-        guesses = self.predictor.predict(layer, self.limit)
-        self.guessed = after, guesses
-        loads = self.cache.reserve_ahead(self.cache.keys(after, guesses))
-        self._count_waste(loads)
-        for load in loads:
-            self.counts.steady[after][_PREFETCHED] += 1
-            self.ahead[load.key] = self.unused[load.key] = None
-            if self.timeline:
-                self.timeline.prefetch(load.key)
+        for steps in range(1, PREFETCH_LAYERS + 1):
+            after = self.predictor.layer_after(layer, steps)
+            guesses = self.predictor.predict(layer, self.limit, steps)
+            if steps == 1:
+                self.guessed = after, guesses
+            if not guesses:
+                continue
+            loads = self.cache.reserve_ahead(self.cache.keys(after, guesses))
+            self._count_waste(loads)
+            for load in loads:
+                self.counts.steady[after][_PREFETCHED] += 1
+                self.ahead[load.key] = self.unused[load.key] = None
+                if self.timeline:
+                    self.timeline.prefetch(load.key)
+            if len(self.ahead) >= len(guesses):
+                break
 
     def _sort_prefetches(self, row: list[int], layer: int, found: Lookup) -> float:
         """Those that this event needs become its loads; those that came too late are dropped if they have not begun."""

@@ -13,7 +13,7 @@ from offload.events import LiveChanges
 from offload.host_side import NOTHING_TO_CHOOSE
 from offload.model.experts import ExpertRuntime
 from offload.model.host_experts import HostExperts
-from offload.model.prefetchers import Prefetcher
+from offload.model.prefetch import Prefetcher
 from offload.model.transformers_api import ExpertsModule
 
 _CHANGEABLE = ("policy", "scope", "prefetch", "miss")
@@ -54,6 +54,8 @@ def apply_changes(
             raise UsageError(f"--policy: {error}") from error
     if changed.prefetch != settings.prefetch:
         runtime.predictor = make_prefetcher(changed.prefetch)
+    elif runtime.predictor is not None:
+        runtime.predictor.setting_changed()
     if changed.miss != settings.miss and make_host_experts is not None:
         runtime.host_experts = make_host_experts(changed.miss)
     return changed

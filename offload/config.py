@@ -29,7 +29,7 @@ FORMATS = ("native", "int8", "int4", "int4-g32", "int4-g128", "mixed")
 DENSE_FORMATS = ("native", "int8", "int4")
 KERNELS = ("auto", "torch")
 KV_CACHES = ("dynamic", "fp8")
-PREFETCHES = ("off", "next-gate", "layer-markov", "previous-token", "popularity")
+PREFETCHES = ("off", "auto", "next-gate", "layer-markov", "previous-token", "popularity")
 SCOPES = ("layer", "global")
 MISSES = ("auto", "fetch", "cpu")
 
@@ -163,6 +163,7 @@ class EngineSettings:
     scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
     miss: str = "auto"
+    prefetch_bytes: int | None = None
     experts_dir: Path | None = None
     prefill_chunk: int | None = DEFAULT_PREFILL_CHUNK
     batch_rows: int | None = 1
@@ -195,6 +196,7 @@ class EngineSettings:
             _check(value in known, f"{flag}: '{value}' is not one of {', '.join(known)}")
         _check(self.ram is None or self.ram >= 1, "--ram must be above zero")
         _check(self.vram is None or self.vram >= 1, "--vram must be above zero")
+        _check(self.prefetch_bytes is None or self.prefetch_bytes >= 1, "--prefetch-bytes must be above zero")
         _check(
             self.residency is None or 0 < self.residency <= 1, "--residency must be above 0 and at most 1 (0.5 is half)"
         )

@@ -42,7 +42,7 @@ from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.host_experts import HostExperts
 from offload.model.kv_cache import KVState
-from offload.model.prefetchers import Prefetcher, make_prefetcher
+from offload.model.prefetch import Prefetcher, make_prefetcher
 from offload.model.prompt import PromptEncoder, checked_ids, fitting_ids
 from offload.model.transformers_api import ExpertsModule
 from offload.model.work import model_work
@@ -234,13 +234,18 @@ class Engine(LiveMethods):
         self._kv.reset()
 
     def stats(self) -> RunStats:
-        return run_stats(self._so_far(), self._labels, self.plan, self._device, self._seed)
+        return self._stats_of(self._so_far())
 
     def lap(self) -> RunStats:
         """See :meth:`offload.protocol.BenchEngine.lap`."""
         now = self._so_far()
         part, self._lap = now.since(self._lap), now
-        return run_stats(part, self._labels, self.plan, self._device, self._seed)
+        return self._stats_of(part)
+
+    def _stats_of(self, sums: Tally) -> RunStats:
+        stats = run_stats(sums, self._labels, self.plan, self._device, self._seed)
+        prefetcher = self._runtime.predictor
+        return dataclasses.replace(stats, prefetch_auto=prefetcher.trial) if prefetcher is not None else stats
 
     def _so_far(self) -> Tally:
         """Sums since the opening, the running generation included."""
@@ -249,7 +254,7 @@ class Engine(LiveMethods):
     def _watched(self) -> Watched:
         with self._live.lock:
             sums = self._session.plus(self._meter.peek(self._live.stall_link) if self._meter is not None else Tally())
-        stats = run_stats(sums, self._labels, self.plan, self._device, self._seed)
+        stats = self._stats_of(sums)
         return Watched(sums, stats, len(self._kv.tokens), self.plan, self._settings)
 
     def change(self, changes: LiveChanges) -> None:
@@ -353,7 +358,7 @@ class Engine(LiveMethods):
         text, reasoning = answer.flush()
         if text or reasoning:
             yield Token(text, tokens[-1], reasoning)
-        stats = run_stats(tally, self._labels, self.plan, self._device, self._seed)
+        stats = self._stats_of(tally)
         yield Done(reason, answer.text, len(ids), tally.new_tokens, stats, failure, answer.reasoning)
 
     def _prefill(self, ids: list[int], tally: Tally) -> Generator[Event, None, torch.Tensor]:
@@ -381,6 +386,7 @@ class Engine(LiveMethods):
             logits = self._passes.run([token], decode=True)[-1]
         tally.count_pass(seconds := self._device.now() - began, [1], decode=True)
         self._live.end_token(seconds)
+        self._runtime.end_token(seconds)
         return logits
 
     def _generate_rows(self, take: TakeRow) -> Iterator[RowEvent]:

@@ -81,6 +81,7 @@ class ByteStats:
     """``needed`` are the bytes of the distinct records that forward passes took and that were not held when the pass
     began: what had to be read. ``host_to_device``, ``device_to_host`` and ``not_moved`` (records that the CPU computed
     with where they lay) are None where slots are host memory.
+    ``prefetched`` are those of the loads on a prediction, whether from disk or from RAM.
     """
 
     disk_read: int
@@ -89,6 +90,7 @@ class ByteStats:
     needed: int | None = None
     device_to_host: int | None = None
     not_moved: int | None = None
+    prefetched: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,45 @@ class TierStats:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchGain:
+    """The latest test of ``prefetch`` against none: ``pairs`` of windows of decoded tokens.
+
+    ``gain`` is how much faster it decodes (0.1: by a tenth), the mean over the pairs, and ``error`` its standard error,
+    None with one pair. The rates are those of the windows.
+    """
+
+    prefetch: str
+    pairs: int
+    gain: float
+    error: float | None
+    off_tokens_per_s: float | None
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchTrial:
+    """What ``--prefetch auto`` found: ``choice`` after so many ``rounds`` of tests ("off" before the first).
+
+    ``testing`` is what is being tested now, None between tests. ``gains`` are the latest of each candidate.
+    """
+
+    choice: str
+    testing: str | None
+    rounds: int
+    gains: tuple[PrefetchGain, ...]
+
+    def describe(self) -> str:
+        """For people: ``next-gate (+12 %)``, ``off (next-gate: -3 %)``, ``off, testing next-gate``."""
+        gains = {found.prefetch: f"{100 * found.gain:+.0f} %" for found in self.gains}
+        if self.choice in gains:
+            text = f"{self.choice} ({gains[self.choice]})"
+        else:
+            others = ", ".join(f"{name}: {gain}" for name, gain in gains.items())
+            text = self.choice + (f" ({others})" if others and self.rounds else "")
+        return text if self.testing is None else f"{text}, testing {self.testing}"
+
+
+@dataclass(frozen=True, slots=True)
 class RunStats:
     """Statistics of one generation or of a whole session. Field names are those of ``--stats-json``.
 
@@ -135,6 +176,7 @@ class RunStats:
     ``decode_passes`` are the forward passes in which rows only decoded; ``prefill_passes`` ran ``prefilled_tokens``.
     ``miss`` is None where slots are host memory. ``virtual``: seconds and rates are not this machine's but those that a
     simulated one would have.
+    ``prefetch_auto`` is None unless ``prefetch`` is "auto".
     """
 
     model: str
@@ -162,6 +204,7 @@ class RunStats:
     prefilled_tokens: int = 0
     host_tier: TierStats | None = None
     virtual: bool = False
+    prefetch_auto: PrefetchTrial | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``--stats-json`` writes."""

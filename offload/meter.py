@@ -47,6 +47,7 @@ class Tally:
     decode_accesses: int = 0
     prefetched: int = 0
     prefetch_used: int = 0
+    prefetch_bytes: int = 0
     events: int = 0
     compute_calls: int = 0
     computed_on_cpu: int = 0
@@ -140,6 +141,7 @@ class Meter:
             "needed_bytes": transfers.needed_bytes,
             "prefetched": transfers.prefetched,
             "prefetch_used": transfers.prefetch_used,
+            "prefetch_bytes": transfers.prefetch_bytes,
             "events": transfers.events,
             "compute_calls": transfers.compute_calls,
             "computed_on_cpu": transfers.computed_on_cpu,
@@ -213,6 +215,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, se
             not_moved=tally.not_moved_bytes if linked else None,
             per_decode_token=_ratio(tally.decode_bytes, tally.decode_steps),
             needed=tally.needed_bytes,
+            prefetched=tally.prefetch_bytes,
         ),
         seconds=SecondStats(
             compute=tally.total_seconds - tally.stall_seconds - tally.stall_link_seconds,

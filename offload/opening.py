@@ -62,7 +62,7 @@ from offload.model.families import needs_whole_prompts
 from offload.model.kv_cache import kv_row_memory, new_kv_cache
 from offload.model.norms import fuse_norms
 from offload.model.packed import can_pack
-from offload.model.prefetchers import make_prefetcher
+from offload.model.prefetch import guesses_of, make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import count_weights, load_skeleton, skeleton_bytes
@@ -186,7 +186,12 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     elif settings.miss != "auto":
         on_event(Notice(f"--miss {settings.miss}: {NOTHING_TO_CHOOSE}"))
     host_experts = None if host_side is None else host_side.experts(settings.miss, on_event)
-    runtime = ExpertRuntime(cache, arena, loads, file, weight_format, compute, recorder, predictor, usage, host_experts)
+    ahead = settings.prefetch_bytes
+    if ahead is None:
+        ahead = len(modules) * guesses_of(experts_per_token(model.config)) * plan.sizes.slot_bytes
+    runtime = ExpertRuntime(
+        cache, arena, loads, file, weight_format, compute, recorder, predictor, usage, host_experts, ahead
+    )
     runtime.attach(modules)
     decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if products.kernels is not None and "native" not in (settings.format, settings.dense_format):

@@ -65,5 +65,5 @@ def test_an_engine_that_has_learned(checkpoint: Path, tmp_path: Path) -> None:
         uses = np.bincount(recorded.ids[recorded.layer == layer].ravel(), minlength=8)
         scores = [engine._runtime.cache.policy.score((layer, expert)) for expert in range(8)]
         assert (np.array(scores) > 0).tolist() == (uses > 0).tolist()
-        assert engine._runtime.predictor.predict(layer, None, 2) is not None  # before it has seen anything
+        assert next(engine._runtime.predictor.guesses(layer, None, 2))  # before it has seen anything
     assert [getattr(event, "text", "") for event in tokens] == [getattr(event, "text", "") for event in again]

@@ -25,6 +25,7 @@ class Figures:
     """``conversation`` are the rates since it began; ``window_tokens`` are those that ``window`` and the shares of time
     are taken over. Memory that a tier does not have is None in used and budget alike; ``vram_set_aside`` is what of
     ``--vram`` the device keeps for itself, on top of that budget. ``virtual``: times are those of a simulated machine.
+    ``prefetch_auto`` is what ``--prefetch auto`` found, if that is chosen.
     """
 
     tokens_per_s: float | None
@@ -47,6 +48,7 @@ class Figures:
     stall_link: float | None
     prefetched: int
     prefetch_used: int
+    prefetch_auto: str | None
     computed_on_cpu: int | None
     has_link: bool
     vram_set_aside: int = 0
@@ -107,6 +109,7 @@ def figures(snapshot: CacheSnapshot, context_tokens: int, begun: RunStats | None
         stall_link=link,
         prefetched=stats.experts.prefetched,
         prefetch_used=stats.experts.prefetch_used,
+        prefetch_auto=stats.prefetch_auto.describe() if stats.prefetch_auto is not None else None,
         computed_on_cpu=stats.experts.computed_on_cpu,
         has_link=has_link,
         vram_set_aside=max(0, (snapshot.current.vram or 0) - (stats.memory.vram_budget_bytes or 0)) if has_link else 0,

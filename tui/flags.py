@@ -172,6 +172,12 @@ RUN_FLAGS = (
         "experts that the device lacks and RAM holds: copied there, computed on the CPU, or split by what they cost: "
         f"{', '.join(MISSES)} (default: auto)",
     ),
+    Flag(
+        "--prefetch-bytes",
+        size_or_auto,
+        "SIZE",
+        "most bytes that a token may read ahead; auto (default): half of what its experts weigh",
+    ),
     Flag("--kernels", check_text, "NAME", f"products of quantised weights: {' or '.join(KERNELS)} (default: auto)"),
     Flag("--verify", switch, None, "check every checksum of the expert file before starting"),
     Flag("--stats-json", path, "FILE", "write the statistics of the session here at its end (overwrites)"),

@@ -101,6 +101,8 @@ def panel_lines(
     if figures.prefetched:
         wasted = figures.prefetched - figures.prefetch_used
         lines.append(_row("prefetch", f"{figures.prefetch_used} used, {wasted} wasted", "", width))
+    if figures.prefetch_auto is not None:
+        lines.append(_row("auto", figures.prefetch_auto, "", width))
     lines += [
         _title("Time (simulated)" if figures.virtual else "Time"),
         *_time(figures, width),

@@ -13,8 +13,12 @@ PREDICTORS: dict[str, type[Predictor]] = {
     predictor.name: predictor for predictor in (NextGatePrediction, LayerMarkov, PreviousToken, Popularity, Oracle)
 }
 
+PREFETCH_LAYERS = 2
+"""How many layers ahead records are prefetched: the one after the next only while few prefetches are under way."""
+
 __all__ = [
     "PREDICTORS",
+    "PREFETCH_LAYERS",
     "NextGatePrediction",
     "Predictor",
     "PredictorContext",

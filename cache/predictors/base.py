@@ -32,8 +32,8 @@ class PredictorContext:
 class Predictor(ABC):
     """Foretells the experts of the event that comes next, from those that came before.
 
-    It is told of every event (:meth:`record_event`) in order, learns from it, and can then be asked for the layer
-    after it (:meth:`predict`), which after the last layer is the first one of the next token. Asking changes nothing.
+    It is told of every event (:meth:`record_event`) in order, learns from it, and can then be asked for the layers
+    after it (:meth:`predict`), which after the last layer are the first ones of the next token. Asking changes nothing.
     """
 
     name: ClassVar[str]
@@ -44,17 +44,22 @@ class Predictor(ABC):
         self.experts = context.experts
         self._after = dict(zip(self.layers, self.layers[1:] + self.layers[:1], strict=True))
 
-    def layer_after(self, layer: int) -> int:
-        """The layer whose event comes after that of ``layer``."""
-        return self._after[layer]
+    def layer_after(self, layer: int, steps: int = 1) -> int:
+        """The layer whose event comes ``steps`` events after that of ``layer``."""
+        for _ in range(steps):
+            layer = self._after[layer]
+        return layer
 
     @abstractmethod
     def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
         """One event, its experts by rank; ``decode`` tells that it is one token's."""
 
     @abstractmethod
-    def predict(self, layer: int, limit: int) -> list[int]:
-        """At most ``limit`` experts of the layer after ``layer``, that of the last event, likeliest first."""
+    def predict(self, layer: int, limit: int, steps: int = 1) -> list[int]:
+        """At most ``limit`` experts, likeliest first, of the event that comes ``steps`` after that of ``layer``.
+
+        ``layer`` is that of the last event. Nothing where there is nothing to go by.
+        """
 
     def state(self) -> State:
         """What was learned; empty for those that learn nothing that lasts."""

@@ -17,6 +17,7 @@ class LayerMarkov(Predictor):
     """A table of pairs for each two consecutive layers, from all decoded tokens so far, with one count in advance.
 
     The score of an expert is the sum, over the experts that the layer before chose, of its share of their followers.
+    A layer further on follows from those foretold for the layer before it.
     Counts have 16 bits and are halved before they overflow: L x E x E x 2 bytes in all.
 
     Source: the transition tables of Yao et al., "Exploiting inter-layer expert affinity for accelerating
@@ -46,12 +47,15 @@ class LayerMarkov(Predictor):
             table //= 2
             self._totals[row] = table.sum(1, dtype=np.float64) + self.experts
 
-    def predict(self, layer: int, limit: int) -> list[int]:
+    def predict(self, layer: int, limit: int, steps: int = 1) -> list[int]:
         if self._last is None or self._last[0] != layer:
             return []
-        row, before = self._row[layer], self._last[1]
-        shares = (self._pairs[row, before] + 1.0) / self._totals[row, before, None]
-        best: list[int] = np.argsort(-shares.sum(0), kind="stable")[:limit].tolist()
+        best = self._last[1]
+        for _ in range(steps):
+            row = self._row[layer]
+            shares = (self._pairs[row, best] + 1.0) / self._totals[row, best, None]
+            best = np.argsort(-shares.sum(0), kind="stable")[:limit].tolist()
+            layer = self.layer_after(layer)
         return best
 
     def state(self) -> State:

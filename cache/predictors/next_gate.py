@@ -26,5 +26,7 @@ class NextGatePrediction(Predictor):
     def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
         pass
 
-    def predict(self, layer: int, limit: int) -> list[int]:
-        return self._handed[1][:limit] if self._handed is not None and self._handed[0] == layer else []
+    def predict(self, layer: int, limit: int, steps: int = 1) -> list[int]:
+        if self._handed is None or self._handed[0] != layer or steps != 1:
+            return []
+        return self._handed[1][:limit]

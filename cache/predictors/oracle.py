@@ -8,7 +8,7 @@ from cache.predictors.base import Predictor, PredictorContext, PredictorError
 
 
 class Oracle(Predictor):
-    """The experts of the next event itself, by rank; nothing after the last, or if another layer's event comes."""
+    """The experts of the event itself, by rank; nothing after the last, or if another layer's event comes."""
 
     name = "oracle"
     simulation_only = True
@@ -24,7 +24,8 @@ class Oracle(Predictor):
     def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
         self._event += 1
 
-    def predict(self, layer: int, limit: int) -> list[int]:
-        if self._event >= len(self._sets) or self._layers[self._event] != self.layer_after(layer):
+    def predict(self, layer: int, limit: int, steps: int = 1) -> list[int]:
+        event = self._event + steps - 1
+        if event >= len(self._sets) or self._layers[event] != self.layer_after(layer, steps):
             return []
-        return self._sets[self._event][:limit]
+        return self._sets[event][:limit]

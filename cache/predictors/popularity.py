@@ -24,8 +24,8 @@ class Popularity(Predictor):
     def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
         self._row[layer][list(experts)] += 1
 
-    def predict(self, layer: int, limit: int) -> list[int]:
-        uses = self._row[self.layer_after(layer)]
+    def predict(self, layer: int, limit: int, steps: int = 1) -> list[int]:
+        uses = self._row[self.layer_after(layer, steps)]
         best: list[int] = np.argsort(-uses, kind="stable")[:limit].tolist()
         return [expert for expert in best if uses[expert] > 0]
 

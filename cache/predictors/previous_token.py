@@ -19,5 +19,5 @@ class PreviousToken(Predictor):
     def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
         self._last[layer] = list(experts)
 
-    def predict(self, layer: int, limit: int) -> list[int]:
-        return self._last.get(self.layer_after(layer), [])[:limit]
+    def predict(self, layer: int, limit: int, steps: int = 1) -> list[int]:
+        return self._last.get(self.layer_after(layer, steps), [])[:limit]

@@ -69,8 +69,8 @@ class Ticket:
 class DiskLane:
     """Loads by a few workers, since a single reader leaves an NVMe disk half idle.
 
-    Two priorities: a prefetch starts only while no demand waits, and only half of the workers prefetch at a time, so
-    that a demand always finds a free one.
+    Two priorities: a prefetch starts only while no demand waits or is being read, and only half of the workers prefetch
+    at a time, so that a demand always finds a free one.
     """
 
     def __init__(self, file: Mover, workers: int, name: str = "disk") -> None:
@@ -137,7 +137,7 @@ class DiskLane:
             if ticket in self._prefetch:
                 self._prefetch.remove(ticket)
                 self._demand.append(ticket)
-            self._changed.notify()  # one more prefetch may run now, too
+            self._changed.notify()
 
     def _drop(self, ticket: Ticket) -> bool:
         with self._changed:
@@ -158,6 +158,8 @@ class DiskLane:
                 self._running.remove(ticket)
                 if not self._running:
                     self._busy_seconds += time.perf_counter() - self._busy_since
+                if self._prefetch:  # this may have been the demand that they waited for
+                    self._changed.notify_all()
             ticket._done.set()
 
     def _next(self) -> Ticket | None:
@@ -165,7 +167,7 @@ class DiskLane:
         with self._changed:
             while not self._closed:
                 queue = self._demand
-                if not queue and sum(ticket.prefetch for ticket in self._running) < max(1, self._workers // 2):
+                if not queue and self._is_idle():
                     queue = self._prefetch
                 if queue:
                     ticket = queue.popleft()
@@ -175,3 +177,8 @@ class DiskLane:
                     return ticket
                 self._changed.wait()
         return None
+
+    def _is_idle(self) -> bool:
+        """Whether there is time for one more prefetch."""
+        running = self._running
+        return len(running) < max(1, self._workers // 2) and all(ticket.prefetch for ticket in running)

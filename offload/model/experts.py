@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from offload.devices import SlotArena
 from offload.errors import Cancelled
 from offload.memory.loads import Loads, LoadTicket
 from offload.model.host_experts import HostEvent, HostExperts
-from offload.model.prefetchers import Prefetcher
+from offload.model.prefetch import Guess, Prefetcher
 from offload.model.transformers_api import ExpertsModule, register_experts_function
 
 
@@ -49,8 +49,9 @@ class ForwardPass:
 class TransferCounters:
     """Sums since the start: bytes read from disk, those of records that passes took and that were not held when the
     pass began, the seconds that compute waited for them, loads on a prediction and
-    those of them that an event used, events, the calls that computed their experts, misses that the CPU computed beside
-    the device, and the bytes of their records, which the link did not have to carry for that."""
+    those of them that an event used, the bytes of those loads, events, the calls that computed their experts, misses
+    that the CPU computed beside the device, and the bytes of their records, which the link did not have to carry for
+    that."""
 
     prefill_bytes: int = 0
     decode_bytes: int = 0
@@ -58,6 +59,7 @@ class TransferCounters:
     stall_seconds: float = 0.0
     prefetched: int = 0
     prefetch_used: int = 0
+    prefetch_bytes: int = 0
     events: int = 0
     compute_calls: int = 0
     computed_on_cpu: int = 0
@@ -83,7 +85,9 @@ class ExpertRuntime:
         predictor: Prefetcher | None = None,
         usage: ExpertUsage | None = None,
         host_experts: HostExperts | None = None,
+        prefetch_bytes: int = 2**63,
     ) -> None:
+        """``prefetch_bytes``: the most that one pass loads on predictions, of whatever lane."""
         self.cache = cache
         self.usage = usage
         self.current = ForwardPass()
@@ -99,6 +103,8 @@ class ExpertRuntime:
         self.recorder = recorder
         self.predictor = predictor
         self.host_experts = host_experts
+        self._most_ahead = prefetch_bytes
+        self._left_ahead = prefetch_bytes  # bytes that the current pass may still prefetch
         self._ahead: dict[ExpertKey, LoadTicket] = {}  # prefetches under way
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
         self._tickets: dict[ExpertKey, LoadTicket] = {}
@@ -134,6 +140,7 @@ class ExpertRuntime:
             recent = [by_rank(group, module.num_experts) for group in groups]
         if self.current is not self._pass:
             self._pass, self._held = self.current, self.cache.resident()
+            self._left_ahead = self._most_ahead
         found = self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent)
         event_keys = [*found.hits, *found.pending, *found.misses]
         absent = sum(ExpertKey(layer, expert) not in self._held for expert in experts)
@@ -160,8 +167,8 @@ class ExpertRuntime:
             loading += self._start_loads(misses)  # before the hits compute, so that both happen at once
             if on_cpu is not None and not misses:
                 self._admit(on_cpu.keys, recent)
-            if self.predictor is not None and self.current.decode and not misses:
-                self._prefetch(self.predictor.predict(layer, hidden, top_k_index.shape[1]))
+            if self.predictor is not None and self.current.decode and not misses and len(hidden) == 1:
+                self._prefetch(self.predictor.guesses(layer, hidden, top_k_index.shape[1]))
             while hits:
                 some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
                 del hits[: len(some)]
@@ -189,6 +196,11 @@ class ExpertRuntime:
         output = event.result()
         self.transfers.compute_calls += event.calls + (on_cpu.calls if on_cpu is not None else 0)
         return output
+
+    def end_token(self, seconds: float) -> None:
+        """A forward pass over one decoded token took so long, on the device's clock."""
+        if self.predictor is not None:
+            self.predictor.end_token(seconds)
 
     def settle(self) -> None:
         """Finish or drop all loads in flight, between two events, and forget where weights stand."""
@@ -294,16 +306,30 @@ class ExpertRuntime:
             self.cache.abandon(key)
             self._unused.discard(key)
 
-    def _prefetch(self, predicted: tuple[int, list[int]] | None) -> None:
-        """Load what the next event will probably need, in time that the disk has left."""
-        if predicted is None:
-            return
-        layer, experts = predicted
-        for key, slot, victim in self.cache.reserve_ahead([ExpertKey(layer, expert) for expert in experts]):
-            self._unused.discard(victim)  # type: ignore[arg-type]
-            self._ahead[key] = self.loads.load(key, slot, victim=victim, prefetch=True)
-            self._unused.add(key)
-            self.transfers.prefetched += 1
+    def _prefetch(self, guesses: Iterable[Guess]) -> None:
+        """Load what the next events will probably need, in time that the lanes have left.
+
+        Those of a further layer only while fewer are under way than one layer's guesses: what waits long in a lane
+        holds a slot for nothing.
+        """
+        for layer, experts in guesses:
+            size = self._file.layout(layer).record_bytes
+            room = self._left_ahead // size
+            keys = []  # residents too: a prefetch must not displace them
+            for key in self.cache.keys(layer, experts):
+                absent = self.cache.state(key) is SlotState.EMPTY
+                if room or not absent:
+                    keys.append(key)
+                    room -= absent
+            for key, slot, victim in self.cache.reserve_ahead(keys):
+                self._unused.discard(victim)  # type: ignore[arg-type]
+                self._ahead[key] = self.loads.load(key, slot, victim=victim, prefetch=True)
+                self._unused.add(key)
+                self._left_ahead -= size
+                self.transfers.prefetched += 1
+                self.transfers.prefetch_bytes += size
+            if len(self._ahead) >= len(experts):
+                break
 
     def _take_arrivals(self) -> None:
         """Make the prefetches that have arrived ready; one that failed is forgotten: a demand will tell why."""

@@ -185,6 +185,24 @@ def test_a_demand_finds_a_free_worker_among_prefetches() -> None:
     lane.close()
 
 
+def test_prefetches_wait_while_a_demand_is_read() -> None:
+    file = FakeFile()
+    lane = lane_of(file, workers=4)
+    wanted, ahead = ExpertKey(0, 9), [ExpertKey(1, expert) for expert in range(4)]
+    demand = lane.load(wanted, slot())
+    file.running.acquire()
+    tickets = [lane.load(key, slot(), prefetch=True) for key in ahead]
+    assert not file.running.acquire(timeout=0.05), "three workers are idle, but not the disk"
+    file.gate(wanted).set()
+    demand.wait()
+    for _ in range(2):
+        assert file.running.acquire(timeout=30), "two at a time as soon as it is"
+    for key in ahead:
+        file.gate(key).set()
+    assert all(ticket.settle() for ticket in tickets[:2])
+    lane.close()
+
+
 def test_a_promoted_prefetch_overtakes_the_others() -> None:
     file = FakeFile()
     lane = lane_of(file)

@@ -14,7 +14,7 @@ from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import ExpertFileError
 from offload.events import RunStats
-from offload.model.next_gate import NextGate
+from offload.model.prefetch.next_gate import NextGate
 from tests.engines import finish, open_tiny
 from tests.tiny_models import build_tiny
 
@@ -52,6 +52,30 @@ def test_prefetches_are_made_used_and_counted(checkpoint: Path, tmp_path: Path) 
         assert answer(engine)[1].experts.prefetched == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_a_token_prefetches_no_more_bytes_than_it_may(checkpoint: Path, tmp_path: Path, device: str) -> None:
+    settings = {"device": device, "residency": 0.5, "prefetch": "next-gate"}
+    with open_tiny(checkpoint, tmp_path, **settings) as engine:
+        size = engine.plan.sizes.slot_bytes
+        free = answer(engine)[1]
+        assert free.bytes.prefetched == free.experts.prefetched * size
+        assert free.experts.prefetched <= 4 * free.decode_passes, "auto: half of top 2, in 4 layers"
+    with open_tiny(checkpoint, tmp_path, prefetch_bytes=2 * size - 1, **settings) as engine:
+        each: list[int] = []
+        real = engine._runtime.end_token
+
+        def end_token(seconds: float) -> None:
+            each.append(engine._runtime.transfers.prefetch_bytes - sum(each))
+            real(seconds)
+
+        engine._runtime.end_token = end_token  # type: ignore[method-assign]
+        stats = answer(engine)[1]
+        assert max(each) == size, "two do not fit"
+        assert 0 < stats.bytes.prefetched < free.bytes.prefetched
+    with open_tiny(checkpoint, tmp_path, prefetch_bytes=size - 1, **settings) as engine:
+        assert answer(engine)[1].experts.prefetched == 0
+
+
 def test_a_failed_prefetch_is_no_error_until_it_is_needed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +93,7 @@ def test_a_failed_prefetch_is_no_error_until_it_is_needed(
             raise ExpertFileError(f"expert {key.expert} cannot be read")
 
         monkeypatch.setattr(ExpertFile, "read_into", failing)
-        runtime._prefetch((layer, [0]))
+        runtime._prefetch([(layer, [0])])
         while not all(ticket.ready() for ticket in runtime._ahead.values()):
             pass
         runtime._take_arrivals()
@@ -85,12 +109,18 @@ def test_prediction_is_the_next_router_on_this_layers_input(checkpoint: Path, tm
         modules = [module.__dict__["run_local"][1] for module in (block.experts for block in blocks)]
         predictor = engine_predictor(engine)
         hidden = torch.randn(1, model.config.hidden_size, dtype=model.dtype)
-        found = predictor.predict(modules[0], hidden, 2)
-        assert found is not None
-        layer, experts = found
-        assert layer == modules[1]
-        assert experts == blocks[1].gate(hidden)[2][0, :1].tolist(), "the better half of its choice"
-        assert predictor.predict(modules[-1], hidden, 2) is None, "there is nothing after the last layer"
+        for number in range(2):
+            assert list(predictor.guesses(modules[number], hidden, 2)) == [
+                (modules[after], blocks[after].gate(hidden)[2][0, :1].tolist()) for after in (number + 1, number + 2)
+            ], "the better half of the choice of the next two layers"
+        assert len(modules) == 4
+        last = (modules[3], blocks[3].gate(hidden)[2][0, :1].tolist())
+        assert list(predictor.guesses(modules[2], hidden, 2)) == [last], "nothing is known of the next token"
+        assert list(predictor.guesses(modules[3], hidden, 2)) == []
+        for layer, experts in zip(modules, ([7, 1], [3, 4], [5, 6], [0, 2]), strict=True):
+            predictor.record_event(layer, experts, decode=True)
+        assert list(predictor.guesses(modules[2], hidden, 2)) == [last, (modules[0], [7])]
+        assert list(predictor.guesses(modules[3], hidden, 4)) == [(modules[0], [7, 1]), (modules[1], [3, 4])]
 
 
 def engine_predictor(engine: Engine) -> NextGate:

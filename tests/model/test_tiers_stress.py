@@ -307,7 +307,7 @@ def play(tiers: Tiers, steps: list[Any], moods: Moods, expected: Expected) -> No
         if name == "event":
             run_event(tiers, moods, expected, *rest)
         elif name == "ahead":
-            tiers.runtime._prefetch((LAYERS[rest[0]], rest[1]))
+            tiers.runtime._prefetch([(LAYERS[rest[0]], rest[1])])
         elif name == "slots":
             tiers.set_slots(rest[0])
         elif name == "host":
@@ -393,7 +393,7 @@ def campaign(
         assert tiers.card_bytes == 0, "no tensor of the device is left"
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STEPS, PLACES, st.integers(1, MOST), st.integers(0, MOST), st.booleans())
 def test_tiers_and_lanes(
     made: Made, monkeypatch: pytest.MonkeyPatch, steps: list[Any], place: str, slots: int, host: int, exclusive: bool
@@ -405,7 +405,7 @@ def test_tiers_and_lanes(
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STEPS, PLACES, st.integers(1, MOST), st.integers(0, MOST), st.booleans())
 def test_tiers_and_lanes_for_long(
     made: Made, monkeypatch: pytest.MonkeyPatch, steps: list[Any], place: str, slots: int, host: int, exclusive: bool
@@ -420,7 +420,7 @@ def test_tiers_and_lanes_for_long(
 def test_a_cancel_wherever_a_thread_waits(made: Made, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     def work(tiers: Tiers, moods: Moods) -> None:
         for number in itertools.count():
-            tiers.runtime._prefetch((LAYERS[number % 2], [number % EXPERTS, (number + 1) % EXPERTS]))
+            tiers.runtime._prefetch([(LAYERS[number % 2], [number % EXPERTS, (number + 1) % EXPERTS])])
             left = cancel_at(tiers, moods, made.expected, number, number % 2)
             tiers.check_idle()
             assert torch.equal(tiers.run(0, 1, 2), made.expected[0, 1, 2])

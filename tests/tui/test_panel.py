@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from offload.events import LiveChanges, TierUse, TokenSample
+from offload.events import LiveChanges, PrefetchGain, PrefetchTrial, TierUse, TokenSample
 from tests.tui.fake_engine import run_stats
 from tests.tui.live_engine import snapshot
 from tui.figures import Comparison, Figures, figures
@@ -61,6 +61,7 @@ def test_rows_of_a_gpu_come_with_it() -> None:
         stats,
         memory=replace(stats.memory, vram_budget_bytes=2**33),
         experts=replace(stats.experts, computed_on_cpu=7, prefetched=50, prefetch_used=34),
+        prefetch_auto=PrefetchTrial("next-gate", None, 1, (PrefetchGain("next-gate", 6, 0.123, 0.02, 10.0, 11.2),)),
     )
     token = TokenSample(6, 0, 4, 1_000_000, 0.1, 0.01, link_bytes=3_000_000, stall_link=0.02)
     tiers = (TierUse("VRAM", 5, 8, 60), TierUse("RAM", 20, 20, 40))
@@ -84,6 +85,7 @@ def test_rows_of_a_gpu_come_with_it() -> None:
         "on the CPU  7 computed",
         "link        3.0 MB a token",
         "prefetch    34 used, 16 wasted",
+        "auto        next-gate (+12 %)",
         "compute 70.0 %  link 20.0 %  disk 10.0 %",
     ):
         assert line in page.splitlines(), page
