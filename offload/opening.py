@@ -29,7 +29,7 @@ from offload.compute.choose import decoders_for_cpu, expert_compute, grouped_ker
 from offload.compute.decoded import decode_bytes
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
-from offload.config import DEFAULT_CONTEXT_TOKENS, MISSES, EngineSettings
+from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
 from offload.devices.on_paper import PaperDevice
@@ -41,7 +41,7 @@ from offload.live import LiveView
 from offload.memory.activations import activation_bytes, experts_per_token, host_compute_bytes, row_bytes, staged_bytes
 from offload.memory.chunk import CANDIDATES as CHUNKS
 from offload.memory.chunk import choose_chunk
-from offload.memory.estimate import Work, estimate
+from offload.memory.estimate import Work
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.memory.planned import PlannedModel
 from offload.memory.process import available_memory, bound_own_memory, process_memory, release_free_memory
@@ -67,13 +67,14 @@ from offload.model.prompt import PromptEncoder
 from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import count_weights, load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
+from offload.planned import planned_model
 from offload.protocol import OnLoad
 
 _DEMO_RESIDENCY = 0.5
 
 
 def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None = None) -> PlannedModel:
-    """The plan, from config.json alone; for this machine or, with what to expect of it, for ``hardware``."""
+    """The plan and what to expect of it, from config.json alone, for this machine or for ``hardware``."""
     bound_own_memory()
     machine = _machine(hardware)
     resolved = resolve(settings, on_event, weights=False)
@@ -90,11 +91,9 @@ def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None =
         available = None if machine is None else machine.ram_bytes
         plan = _plan(settings, resolved, source, device, available)
     weights = count_weights(source.model, source.experts)
-    if machine is None or not isinstance(plan, TierPlan):
-        return PlannedModel(plan, weights)
-    work = Work(len(source.experts), _top_k(source.config.get_text_config()))
-    found = {miss: estimate(plan, work, machine, miss) for miss in MISSES}
-    return PlannedModel(plan, weights, found[settings.miss], {miss: one.tokens_per_s for miss, one in found.items()})
+    most = max(module.num_experts for module in source.experts)
+    work = Work(len(source.experts), experts_per_token(source.config))
+    return planned_model(plan, weights, work, most, device.machine, settings)
 
 
 def _machine(name: str | None) -> Machine | None:

@@ -83,9 +83,7 @@ def _machine_rates(weight_format: str) -> Rates | None:
     found = load()
     if found is None:
         return None
-    weights = found.memory_bytes_per_s if weight_format == "native" else found.int4_bytes_per_s
-    if weight_format == "int8":
-        weights = found.int8_bytes_per_s
+    weights = found.weights_bytes_per_s(weight_format)
     if found.disk_bytes_per_s is None or weights is None or found.flops_per_s is None:
         return None
     return Rates(found.disk_bytes_per_s, weights, found.flops_per_s)

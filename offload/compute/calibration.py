@@ -77,6 +77,12 @@ class Calibration:
             )
         return rows
 
+    def weights_bytes_per_s(self, name: str) -> float | None:
+        """How fast one token is multiplied with weights of format ``name``; None if that was not measured."""
+        if name == "native":
+            return self.memory_bytes_per_s
+        return self.int8_bytes_per_s if name == "int8" else self.int4_bytes_per_s
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"version": _VERSION}
 

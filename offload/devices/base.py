@@ -18,6 +18,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cache.machines import Machine
     from cache.misses import MissRates
     from offload.checkpoint.formats import WeightFormat
     from offload.compute.base import ExpertCompute
@@ -175,6 +176,8 @@ class Device(ABC):
     """Where the loader puts weights; :meth:`place` takes them from there."""
     unified: bool = True
     virtual: bool = False
+    machine: Machine | None = None
+    """The named machine that it stands for, if it does."""
     groups_attention: bool = True
     """Whether runs with quantised weights attend as ``model/attention.py`` does; a GPU has better."""
 

@@ -16,7 +16,7 @@ class PaperDevice(Device):
 
     def __init__(self, machine: Machine) -> None:
         self.name = machine.title
-        self.machine = machine
+        self.machine: Machine = machine
         self.torch_device = self.load_device = torch.device("meta")
 
     def allocate_slots(self, slots: int, slot_bytes: int, most: int | None = None) -> SlotArena:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from offload.config import DEFAULT_PREFILL_CHUNK, format_size
@@ -60,7 +60,10 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes where. All sizes in bytes; ``budget`` covers the whole process."""
+    """What goes where. All sizes in bytes; ``budget`` covers the whole process.
+
+    ``left`` is what a budget that was not chosen leaves of the RAM that is free.
+    """
 
     model: str
     device: str
@@ -70,6 +73,7 @@ class Plan:
     budget_chosen: bool
     slots: int
     residency_asked: float | None = None
+    left: int | None = field(default=None, compare=False)
 
     @property
     def residency(self) -> float:
@@ -112,7 +116,8 @@ class Plan:
         )
         held = f"{self.slots} expert slots hold {self.residency:.0%} of the experts"
         rest = "; all experts fit, nothing is read while answering" if self.residency == 1 else ""
-        return [where, held + rest, *([self.sizes.chunk.summary()] if self.sizes.chunk is not None else [])]
+        chunk = [self.sizes.chunk.summary()] if self.sizes.chunk is not None else []
+        return [where + left_to_others(self.left, "RAM"), held + rest, *chunk]
 
     def to_json(self) -> dict[str, Any]:
         names = ("libraries", "process", "skeleton", "kv_cache", "activations", "margin", "expert_slots", "unused")
@@ -120,6 +125,7 @@ class Plan:
             "model": self.model,
             "device": self.device,
             "ram_budget_bytes": self.budget,
+            "ram_left_bytes": self.left,
             "anonymous_bytes": self.anonymous_bytes,
             "context_tokens": self.sizes.context_tokens,
             "chunk_tokens": self.sizes.chunk_tokens,
@@ -163,7 +169,13 @@ def make_plan(
             f"{format_size(ceiling)} are available; close other programs, or try a smaller --ctx or --prefill-chunk"
         )
     slots = min(most, (budget - fixed) // sizes.slot_bytes)
-    return Plan(model, device, sizes, baseline, budget, ram is not None, slots, residency)
+    left = None if ram is not None else available + baseline.anonymous + baseline.files - budget
+    return Plan(model, device, sizes, baseline, budget, ram is not None, slots, residency, left)
+
+
+def left_to_others(left: int | None, what: str) -> str:
+    """The end of a line about a budget."""
+    return "" if left is None else f"; {format_size(left)} of the free {what} are left to the desktop and others"
 
 
 def _fixed_bytes(sizes: ModelSizes, baseline: Baseline) -> int:

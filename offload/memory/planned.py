@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from offload.config import format_count
 from offload.memory.estimate import Estimate
+from offload.memory.expect import CpuEstimate
 from offload.memory.plan import Plan
 from offload.memory.tier_plan import TierPlan
 
@@ -19,13 +20,14 @@ class WeightCounts(NamedTuple):
 
 
 class PlannedModel(NamedTuple):
-    """A plan, what it was made of and, for named hardware, what to expect of it."""
+    """A plan, what it was made of, and what to expect of it, or else ``hint``: how to get to know."""
 
     plan: Plan | TierPlan
     weights: WeightCounts
-    expected: Estimate | None = None
+    expected: Estimate | CpuEstimate | None = None
     by_miss: Mapping[str, float] = {}
     """Tokens a second with each ``--miss``."""
+    hint: str | None = None
 
     def summary(self) -> list[str]:
         share = self.weights.experts / self.weights.total
@@ -38,12 +40,14 @@ class PlannedModel(NamedTuple):
             lines.append(
                 "--miss: " + ", ".join(f"{name} {rate:.1f}" for name, rate in self.by_miss.items()) + " tokens/s"
             )
-        return lines
+        return [*lines, self.hint] if self.hint else lines
 
     def rows(self) -> list[tuple[str, int, str]]:
         return self.plan.rows()
 
     def to_json(self) -> dict[str, Any]:
         found = self.plan.to_json() | {"weights": self.weights.total, "expert_weights": self.weights.experts}
-        expected = {} if self.expected is None else {"expected": self.expected.to_json()}
-        return found | expected | ({"tokens_per_s_by_miss": dict(self.by_miss)} if self.by_miss else {})
+        found["expected"] = None if self.expected is None else self.expected.to_json()
+        if self.by_miss:
+            found["tokens_per_s_by_miss"] = dict(self.by_miss)
+        return found | ({"hint": self.hint} if self.hint else {})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from offload.config import format_size
 from offload.errors import BudgetError
-from offload.memory.plan import MARGIN_BYTES, Baseline, ModelSizes
+from offload.memory.plan import MARGIN_BYTES, Baseline, ModelSizes, left_to_others
 
 VRAM_MARGIN_BYTES = 128 * 2**20
 """What a caching allocator holds beyond the sums below: it rounds, and keeps blocks of other sizes."""
@@ -24,7 +24,10 @@ class Vram:
 
 @dataclass(frozen=True, slots=True)
 class TierPlan:
-    """What goes where. All sizes in bytes. ``budget`` is that of the process's RAM, ``vram_budget`` of its VRAM."""
+    """What goes where. All sizes in bytes. ``budget`` is that of the process's RAM, ``vram_budget`` of its VRAM.
+
+    ``left`` is what a budget of RAM that was not chosen leaves of what is free.
+    """
 
     model: str
     device: str
@@ -40,6 +43,7 @@ class TierPlan:
     staging: int
     exclusive: bool
     residency_asked: float | None = None
+    left: int | None = field(default=None, compare=False)
 
     @property
     def residency(self) -> float:
@@ -108,6 +112,7 @@ class TierPlan:
         if not self.vram_chosen and self.vram_budget < self.vram.total:
             left = format_size(self.vram.total - self.vram_budget)
             lines[0] += f"; {left} of VRAM are left to the desktop and others"
+        lines[0] += left_to_others(self.left, "RAM")
         if self.in_memory == 1:
             lines[1] += "; nothing is read from disk while answering"
         if self.sizes.chunk is not None:
@@ -119,7 +124,9 @@ class TierPlan:
             "model": self.model,
             "device": self.device,
             "ram_budget_bytes": self.budget,
+            "ram_left_bytes": self.left,
             "vram_budget_bytes": self.vram_budget,
+            "vram_left_bytes": None if self.vram_chosen else self.vram.total - self.vram_budget,
             "anonymous_bytes": self.anonymous_bytes,
             "context_tokens": self.sizes.context_tokens,
             "chunk_tokens": self.sizes.chunk_tokens,
@@ -193,6 +200,7 @@ def make_tier_plan(
         staging,
         asked.exclusive,
         asked.residency,
+        None if asked.ram is not None else available + baseline.anonymous + baseline.files - budget,
     )
 
 

@@ -42,7 +42,7 @@ class SimulatedDevice(Device):
     def __init__(self, machine: Machine) -> None:
         register_device()
         self.name = f"simulated:{machine.name}"
-        self.machine = machine
+        self.machine: Machine = machine
         self.torch_device = torch.device(DEVICE_TYPE, 0)
         self.load_device = torch.device("cpu")
         self.clock = VirtualClock(machine)
