@@ -60,6 +60,8 @@ class ScoredPolicy(Policy):
     def evict(self, key: ExpertKey) -> None:
         del self._entry[key]
         del self._admitted[key]
+        if len(self._heap) > 2 * len(self._entry) + 64:  # many went and none came
+            self._rebuild()
 
     def victims(self, n: int, protected: Collection[ExpertKey], layer: int | None = None) -> list[ExpertKey] | None:
         chosen: list[ExpertKey] = []
@@ -106,7 +108,11 @@ class ScoredPolicy(Policy):
         entry = (self.score(key), self._ticks)  # equal scores: the older touch goes first
         self._entry[key] = entry
         if len(self._heap) >= 2 * len(self._entry) + 64:
-            self._heap = [(*live, k) for k, live in self._entry.items()]
-            heapq.heapify(self._heap)
+            self._rebuild()
         else:
             heapq.heappush(self._heap, (*entry, key))
+
+    def _rebuild(self) -> None:
+        """Leave out the stale entries."""
+        self._heap = [(*live, key) for key, live in self._entry.items()]
+        heapq.heapify(self._heap)

@@ -78,6 +78,13 @@ class TestConformance:
         assert policy.victims(1, ()) == keys(2)
         assert policy.victims(2, ()) is None
 
+    def test_what_is_held_beside_the_residents_is_bounded(self, spec: str, scope: str) -> None:
+        policy = with_resident(spec, *range(200), scope=scope)
+        policy.record_event(keys(*range(0, 200, 3)))
+        for key in keys(*range(190)):
+            policy.evict(key)
+            policy.check_integrity()
+
     def test_events_of_unknown_keys_are_taken(self, spec: str, scope: str) -> None:
         policy = with_resident(spec, 1, scope=scope)
         policy.record_event(keys(8, 9))
