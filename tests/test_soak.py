@@ -13,7 +13,7 @@ import torch
 from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import BudgetError, UsageError
-from offload.events import Done, LiveChanges
+from offload.events import Done, LiveChanges, Token
 from offload.memory.tier_plan import TierPlan
 from offload.memory.tiers import TieredLoads
 from tests.engines import finish, open_tiny
@@ -48,7 +48,7 @@ def answers(engine: Engine, tokens: int) -> Iterator[tuple[int, list[int]]]:
         for event in engine.generate(PROMPTS[number % len(PROMPTS)], sampling):
             if isinstance(event, Done):
                 assert event.error is None
-            done += not isinstance(event, Done)
+            done += isinstance(event, Token)
             yield done, logits.seen
         if done >= tokens:
             return

@@ -2,7 +2,7 @@
 
 Windows of decoded tokens run in turn without prefetching and with a candidate. Two neighbours are a pair: what the
 conversation is about and what else the machine does are much the same in both. The order within a pair alternates, so
-that a drift counts for neither. A candidate is used if its pairs say that it is faster, by twice the standard error;
+that a drift counts for neither. A candidate is used if its pairs say that it is faster, by 2.5 times the standard error;
 else nothing is prefetched. What a test may lose by a bad candidate is bounded, and after a test there is a rest of
 several times its length before the next: what pays may change with what is talked about.
 """
@@ -21,8 +21,8 @@ WARM_UP = 8
 WINDOW = 8
 """Tokens in a row with the same prefetch. The first after a change is not counted."""
 FEWEST_PAIRS, MOST_PAIRS = 6, 32
-ERRORS = 2.0
-"""How many standard errors the gain must be away from nothing."""
+ERRORS = 2.5
+"""How many standard errors the gain must be away from nothing: more than for one look, since every pair is one."""
 LEAST_GAIN = 0.01
 """A test ends when a candidate cannot be faster by this share."""
 LOSS_TOKENS, LOSS_SHARE = 2.0, 0.01
