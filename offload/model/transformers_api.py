@@ -54,9 +54,7 @@ class ExpertsModule:
     @property
     def transposed(self) -> frozenset[str]:
         """The parameters that the module holds as [inputs, outputs]: all or none but in a few families."""
-        own = getattr(self.module, "transposed", None)
-        names = own if own is not None else self.tensors if getattr(self.module, "is_transposed", False) else ()
-        return frozenset(names)
+        return transposed_names(self.module, self.tensors)
 
     @property
     def routed_to(self) -> int:
@@ -67,6 +65,12 @@ class ExpertsModule:
     def rows_of_one_matrix(self) -> bool:
         """Whether the checkpoint has the experts one below the other in one matrix, and not as a stack of matrices."""
         return bool(getattr(self.module, "rows_of_one_matrix", False))
+
+
+def transposed_names(module: Any, names: Iterable[str]) -> frozenset[str]:
+    """Those of an experts module's parameters ``names`` that it holds as [inputs, outputs]."""
+    own = getattr(module, "transposed", None)
+    return frozenset(own if own is not None else names if getattr(module, "is_transposed", False) else ())
 
 
 def quiet() -> None:
