@@ -17,6 +17,7 @@ from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
 from offload.compute.grouped import GroupedKernels
 from offload.compute.grouped.launches import Placed, Tile, combination, cut, first_address, place, product, row_tile
 from offload.model.families import sum_dtype
+from offload.model.transformers_api import transposed_names
 
 CALL_ROWS = 256
 """Pairs of a token and an expert that one call takes at least; at most it takes as many as there are tokens, which is
@@ -142,7 +143,7 @@ class _GroupedEvent(EventCompute):
         for key in together:
             weights: Weights = self._weights_of(key)
             if not placed:  # the experts of a layer are laid out alike
-                placed, anchor = place(weights, names, self._module.is_transposed)
+                placed, anchor = place(weights, names, transposed_names(self._module, names))
             record = first_address(weights[anchor])
             first, count = self._rows[key.expert]
             tiles += cut(record, first, local, count, self._size)

@@ -138,9 +138,7 @@ class ExpertRuntime:
         if len(chosen) > 1:
             groups = ([chosen[token] for token in group] for group in self.current.recent)
             recent = [by_rank(group, module.num_experts) for group in groups]
-        if self.current is not self._pass:
-            self._pass, self._held = self.current, self.cache.resident()
-            self._left_ahead = self._most_ahead
+        self._begin_pass()
         found = self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent)
         event_keys = [*found.hits, *found.pending, *found.misses]
         absent = sum(ExpertKey(layer, expert) not in self._held for expert in experts)
@@ -202,6 +200,13 @@ class ExpertRuntime:
         if self.predictor is not None:
             self.predictor.end_token(seconds)
 
+    def foretell(self, layer: int, experts: list[int]) -> None:
+        """The decoded token under way will take these experts: load them in time that the disk has left."""
+        if self.current.decode and not self.cancelled.is_set():
+            self._take_arrivals()
+            self._begin_pass()
+            self._prefetch([(layer, experts)])
+
     def settle(self) -> None:
         """Finish or drop all loads in flight, between two events, and forget where weights stand."""
         for tickets in (self._tickets, self._ahead):
@@ -212,6 +217,12 @@ class ExpertRuntime:
     def close(self) -> None:
         """Finish or drop all loads in flight. The runtime can serve no event afterwards."""
         self.settle()
+
+    def _begin_pass(self) -> None:
+        """Notes what the slots hold before the first load of a forward pass."""
+        if self.current is not self._pass:
+            self._pass, self._held = self.current, self.cache.resident()
+            self._left_ahead = self._most_ahead
 
     def _arrived(self, loading: list[ExpertKey]) -> list[ExpertKey]:
         """What to wait for and compute next.

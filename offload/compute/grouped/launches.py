@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,10 +52,10 @@ class Tile(NamedTuple):
 _SOURCE, _LOCAL, _TARGET = (Tile._fields.index(name) for name in ("source", "local", "target"))
 
 
-def place(weights: Weights, names: Sequence[str], transposed: bool) -> tuple[list[Placed], str]:
+def place(weights: Weights, names: Sequence[str], transposed: Collection[str] = ()) -> tuple[list[Placed], str]:
     """Where the matrices ``names`` and their biases stand, and the name of the anchor: what stands first.
 
-    ``transposed``: native matrices are held as [inputs, outputs].
+    ``transposed``: the native matrices that are held as [inputs, outputs].
     """
     starts = {name: first_address(weight) for name, weight in weights.items()}
     anchor = min(starts, key=starts.__getitem__)
@@ -72,7 +72,7 @@ def place(weights: Weights, names: Sequence[str], transposed: bool) -> tuple[lis
             )
         else:
             assert isinstance(matrix, torch.Tensor)
-            matrix = matrix.t() if transposed else matrix
+            matrix = matrix.t() if name in transposed else matrix
             rows, columns = matrix.shape
             strides = (matrix.stride(0), matrix.stride(1))
             placed.append(Placed(rows, columns, 16, 0, starts[name] - starts[anchor], 0, bias_at, strides))

@@ -46,7 +46,7 @@ def largest_error(kernels: GroupedKernels, weight_format: WeightFormat, dtype: t
     record = torch.empty(layout.record_bytes, dtype=torch.uint8)
     weight_format.encode(layout, {"down_proj": torch.randn(outputs, inputs, generator=random).to(dtype)}, record)
     weights = weight_format.views(layout, record.to(kernels.device))
-    (placed,), anchor = place(weights, ["down_proj"], transposed=False)
+    (placed,), anchor = place(weights, ["down_proj"])
     states = torch.randn(tokens, inputs, generator=random).to(kernels.device, dtype)
     matrix = weights["down_proj"]
     exact = decode(matrix, torch.float32, None) if isinstance(matrix, QuantizedMatrix) else matrix.float()  # type: ignore[union-attr]

@@ -56,4 +56,4 @@ def _likeliest(router: Router, hidden: torch.Tensor, limit: int) -> list[int]:
     if router.correction is not None:  # it moves the choice, not the weights: families with a sigmoid router
         scores = scores.sigmoid() + router.correction
     best: list[int] = scores.topk(min(limit, len(scores))).indices.tolist()
-    return best
+    return [expert for expert in best if expert < router.experts]
