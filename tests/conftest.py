@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from pathlib import Path
@@ -34,6 +35,16 @@ os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).resolve().parents[1] / ".pyte
 # What is made once for a machine (compiled kernels, calibration) is kept between runs, but not in the user's own cache.
 _USER_CACHE = cache_folder()
 os.environ.setdefault("RUN_LOCAL_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "run-local"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays: opening an engine collects garbage, and need not look at all of it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else libraries tell of leaks at the end
 
 
 @pytest.fixture(scope="session")

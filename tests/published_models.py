@@ -299,5 +299,9 @@ FORMATS = {
 }
 
 
+AWQ_SIZES = {"intermediate_size": 64}
+"""For families whose experts would else have 48 inputs: one and a half groups."""
+
+
 def build_published(name: str, folder: Path) -> Pair:
     return publish(FORMATS[name], folder)

@@ -36,10 +36,10 @@ class Decoder:
         return _Decoded(self, weights, dtype)
 
     def decode(self, parameter: PackedParameter, dtype: torch.dtype) -> torch.Tensor:
-        size = math.prod(parameter.shape) * dtype.itemsize
-        if len(self._buffer) < size:
+        size, device = math.prod(parameter.shape) * dtype.itemsize, parameter.device
+        if len(self._buffer) < size or self._buffer.device != device:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # first let go of the old
-            self._buffer = torch.empty(size, dtype=torch.uint8)
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         return parameter.decode(self._buffer[:size].view(dtype).view(parameter.shape), self._matrix)
 
     def _matrix(self, matrix: PackedMatrix, out: torch.Tensor) -> None:

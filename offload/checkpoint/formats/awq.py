@@ -20,7 +20,7 @@ from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTenso
 from offload.checkpoint.formats.unpacking import unpack_columns
 from offload.errors import ModelError
 
-_PLACE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
+_PLACE_OF = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 """Where in a word each of its outputs stands."""
 
 
@@ -55,7 +55,7 @@ class AwqLayout(PackedLayout):
 
 def _outputs(words: torch.Tensor) -> torch.Tensor:
     codes = unpack_columns(words, 4).view(len(words), -1, 8)
-    return codes[..., list(_PLACE_OF)].reshape(len(words), -1).float()
+    return codes[..., _PLACE_OF.to(words.device)].reshape(len(words), -1).float()
 
 
 class AwqMethod(Method):

@@ -137,7 +137,7 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _iq4_nl(blocks: torch.Tensor) -> torch.Tensor:
-    return _half(blocks, 0) * _IQ4[_nibbles(blocks[:, 2:], 16).flatten(1).int()]
+    return _half(blocks, 0) * _IQ4.to(blocks.device)[_nibbles(blocks[:, 2:], 16).flatten(1).int()]
 
 
 def _iq4_xs(blocks: torch.Tensor) -> torch.Tensor:
@@ -145,18 +145,20 @@ def _iq4_xs(blocks: torch.Tensor) -> torch.Tensor:
     high = (high >> torch.arange(0, 16, 2)) & 3
     low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], 2).flatten(1)
     scale = _half(blocks, 0) * ((low | (high << 4)).float() - 32)
-    return scale[..., None] * _IQ4[_nibbles(blocks[:, 8:], 16).reshape(len(blocks), 8, 32).int()]
+    return scale[..., None] * _IQ4.to(blocks.device)[_nibbles(blocks[:, 8:], 16).reshape(len(blocks), 8, 32).int()]
 
 
 def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
-    return (blocks[:, :1].float() - 128).exp2() * _FP4[_nibbles(blocks[:, 1:], 16).flatten(1).int()]
+    return (blocks[:, :1].float() - 128).exp2() * _FP4.to(blocks.device)[_nibbles(blocks[:, 1:], 16).flatten(1).int()]
 
 
 def _by_package(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     def decode(blocks: torch.Tensor) -> torch.Tensor:
         from gguf import GGMLQuantizationType, dequantize
 
-        return torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType(_NUMBERS[name])))
+        return torch.from_numpy(dequantize(blocks.cpu().numpy(), GGMLQuantizationType(_NUMBERS[name]))).to(
+            blocks.device
+        )
 
     return decode
 

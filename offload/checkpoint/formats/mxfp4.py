@@ -45,7 +45,7 @@ class Mxfp4Layout(PackedLayout):
 
     def block(self, parts: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
         blocks, scales = (part[start:stop] for part in parts)
-        values = _PAIRS.index_select(0, blocks.reshape(-1).int()).view(*scales.shape, GROUP)
+        values = _PAIRS.to(blocks.device).index_select(0, blocks.reshape(-1).int()).view(*scales.shape, GROUP)
         values *= (scales.float() - 127).exp2()[..., None]
         return values.view(len(blocks), -1)
 

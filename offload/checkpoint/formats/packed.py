@@ -6,6 +6,7 @@ A record of the format ``native`` keeps the published bytes of such a matrix. Ea
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -87,9 +88,10 @@ class PackedLayout(ABC):
         """Write the weights into ``out`` [*shape], rounded once to its dtype."""
         into = out.t() if self.transposed else out
         rows, columns = into.shape
-        for start in range(0, rows, self._rows_at_a_time(columns)):
-            stop = min(start + self._rows_at_a_time(columns), rows)
-            into[start:stop] = self.block(parts, start, stop)
+        with contextlib.nullcontext() if out.device.type == "cpu" else out.device:  # where block makes its numbers
+            for start in range(0, rows, self._rows_at_a_time(columns)):
+                stop = min(start + self._rows_at_a_time(columns), rows)
+                into[start:stop] = self.block(parts, start, stop)
 
     def decode_rows(self, parts: tuple[torch.Tensor, ...], rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the matrix as the model has it, in memory of their own."""
@@ -141,6 +143,11 @@ class PackedParameter(NamedTuple):
     def shape(self) -> tuple[int, int]:
         shapes = [piece.shape if isinstance(piece, torch.Tensor) else piece.layout.shape for piece in self.pieces]
         return sum(shape[0] for shape in shapes), shapes[0][1]
+
+    @property
+    def device(self) -> torch.device:
+        first = self.pieces[0]
+        return first.device if isinstance(first, torch.Tensor) else first.parts[0].device
 
     def decode(self, out: torch.Tensor, decode: Callable[[PackedMatrix, torch.Tensor], None]) -> torch.Tensor:
         """Write the weights into ``out`` [*shape] and return it; ``decode`` does it for one matrix."""

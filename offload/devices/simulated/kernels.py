@@ -9,6 +9,7 @@ import torch
 
 from cache.keys import ExpertKey
 from offload.checkpoint.formats import Weights
+from offload.checkpoint.formats.packed import PackedParameter
 from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
 from offload.compute.matrix import QuantizedMatrix
 from offload.devices.simulated.arena import SimSlotArena
@@ -103,5 +104,8 @@ class _SimEvent(EventCompute):
         return self._event.result()
 
 
-def _parts(weight: torch.Tensor | QuantizedMatrix) -> list[torch.Tensor]:
+def _parts(weight: torch.Tensor | QuantizedMatrix | PackedParameter) -> list[torch.Tensor]:
+    if isinstance(weight, PackedParameter):
+        pieces = [[piece] if isinstance(piece, torch.Tensor) else piece.parts for piece in weight.pieces]
+        return [part for parts in pieces for part in parts]
     return [weight.codes, weight.params] if isinstance(weight, QuantizedMatrix) else [weight]
