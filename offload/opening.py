@@ -59,6 +59,7 @@ from offload.meter import RunLabels, seconds_since_process_start
 from offload.model.attention import use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
+from offload.model.families.deepseek_v4 import foretell_by_tokens
 from offload.model.kv_cache import kv_row_memory, new_kv_cache
 from offload.model.norms import fuse_norms
 from offload.model.packed import can_pack
@@ -67,6 +68,7 @@ from offload.model.prompt import PromptEncoder
 from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import count_weights, load_skeleton, skeleton_bytes
 from offload.model.transformers_api import attends_eagerly
+from offload.notices import say_what_is_run
 from offload.protocol import OnLoad
 
 _DEMO_RESIDENCY = 0.5
@@ -83,7 +85,7 @@ def plan_only(settings: EngineSettings, on_event: OnLoad, hardware: str | None =
         source = open_source(resolved.folder)  # as for a run, so that the process takes as much memory
     except ModelError:
         source = open_source(resolved.folder, weights=False)
-    _say_quantised(settings, resolved.name, source, on_event)
+    say_what_is_run(settings, resolved.name, source, on_event)
     device = get_device(settings.device) if machine is None else PaperDevice(machine)
     with contextlib.closing(device):
         _compiled = grouped_kernels(settings, device, source, on_event)  # as for a run, too
@@ -120,7 +122,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         )
     resolved = resolve(settings, on_event)
     source = open_source(resolved.folder)
-    _say_quantised(settings, resolved.name, source, on_event)
+    say_what_is_run(settings, resolved.name, source, on_event)
     encoder = PromptEncoder(resolved.folder)
     generation_config = _generation_config(resolved.folder, source)
     with contextlib.ExitStack() as undo:  # what is open is closed again if a later step fails
@@ -188,6 +190,8 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     host_experts = None if host_side is None else host_side.experts(settings.miss, on_event)
     runtime = ExpertRuntime(cache, arena, loads, file, weight_format, compute, recorder, predictor, usage, host_experts)
     runtime.attach(modules)
+    if predictor is not None:
+        foretell_by_tokens(model, modules, runtime.foretell)
     decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
         products.kernels.threads = torch.get_num_threads()
@@ -235,18 +239,6 @@ def _say_what_fits(settings: EngineSettings, plan: AnyPlan, method: object, on_e
                 "almost four times as many do, at some loss of quality (--dense-format int8 makes room, too)"
             )
         )
-
-
-def _say_quantised(settings: EngineSettings, name: str, source: CheckpointSource, on_event: OnEvent) -> None:
-    """What becomes of the weights of a quantised checkpoint."""
-    if source.method is None:
-        return
-    experts = "stay as published" if settings.format == "native" else f"are packed as {settings.format}"
-    dtype = str(source.dtype).removeprefix("torch.")
-    rest = f"the other weights are held in {dtype} (--dense-format int8 makes them smaller)"
-    if settings.dense_format != "native":
-        rest = f"the other matrices are held in {settings.dense_format}"
-    on_event(Notice(f"{name} is quantised ({source.method.name}): its experts {experts}, {rest}"))
 
 
 def _quantised(settings: EngineSettings) -> bool:

@@ -101,14 +101,106 @@ _OWN: dict[str, dict[str, Any]] = {
     "afmoe": {},
     "laguna": {},
     "grok-1": {"tie_word_embeddings": True, "embedding_multiplier_scale": 8.0, "attn_output_multiplier": 0.25},
-}
+    # not behind the experts interface
+    "llama4_text": {
+        "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "moe_layers": [1, 3], "no_rope_layers": [1, 0, 1, 1],
+        "attention_chunk_size": 8,
+    },
+    "longcat_flash": {
+        "num_layers": 2, "zero_expert_num": 4, "moe_topk": 3, "qk_head_dim": 24, "head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
+    },
+    "jetmoe": {"kv_channels": 16, "num_key_value_heads": 2},
+}  # fmt: skip
 TINY_ARCHITECTURES: tuple[str, ...] = tuple(_OWN)
 
-# Multimodal wrappers: the checkpoint holds a vision tower too, and the causal language model must skip it.
-_VISION: dict[str, dict[str, Any]] = {
-    "qwen3_5_moe": {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
-        "num_position_embeddings": 16,
+# Much like those above: each of these has one test, not all.
+_FURTHER: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT_ATTENTION,
+    "axk2": _LATENT_ATTENTION,
+    "dots1": {},
+    "exaone_moe": {},
+    "flex_olmo": {},
+    "flint": {},
+    "glm4_moe_lite": _LATENT_ATTENTION,
+    "glm_moe_dsa": _LATENT_ATTENTION,
+    "granitemoe_swa": {},
+    "granitemoeshared": {},
+    "hy_v3": {},
+    "kolibri1": {},
+    "mellum": {},
+    "solar_open": {},
+    "dots3_note_text": {
+        "num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+    },
+}  # fmt: skip
+FURTHER_ARCHITECTURES: tuple[str, ...] = tuple(_FURTHER)
+
+# Checkpoints that hold more than a text model: all of it must be left out. A name is the class of the text where the
+# checkpoint's own class leaves that open; fields are those of the text.
+_WHOLE: dict[str, str | dict[str, Any]] = {
+    "qwen3_5_moe": {"layer_types": _HYBRID},
+    "llama4": "llama4_text",
+    "qwen3_vl_moe": {},
+    "kimi_k25": "deepseek_v3",
+    "mistral3": "mistral4",
+    "mistral_large4": _LATENT_ATTENTION,
+    "step3p7": {
+        "swiglu_limits": [0.0, 0.0, 0.0, 0.02], "mlp_layer_types": _DENSE_FIRST,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    },
+    "aria": "aria_text",
+    "gemma4": "gemma4_text",
+    "glm4v_moe": {
+        "rope_parameters": {
+            "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        },
+    },
+    "glm5_next": {
+        "num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0,
+        "layer_types": ["linear_attention", "deepseek_sparse_attention"] * 2,
+    },
+    "inkling2": "inkling2_text",
+    "internvl": "qwen3_moe",
+    "minimax_m3_vl": "minimax_m3_vl_text",
+    "muse_spark": {"moe_hidden_size": 64},
+    "qwen3_omni_moe_thinker": {},
+    "qwen4_exp": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+        "indexer_compress_ratio": 4, "hc_lowrank": 8, "ngram_vocab_size_base": 200, "split_ngram_parts": 2,
+        "heads_per_ngram": 2, "layer_types": _HYBRID, "output_gate_type": "sigmoid",
+    },
+    "unlimited_ocr": {},
+}  # fmt: skip
+MULTIMODAL: tuple[str, ...] = tuple(_WHOLE)
+_TEXTS: dict[str, dict[str, Any]] = _OWN | _FURTHER | {"mistral4": _LATENT_ATTENTION}
+
+# One pool of fields for what is not text, and what some want instead of it.
+_OTHER: dict[str, Any] = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_attention_heads": 2,
+    "out_hidden_size": 64, "num_position_embeddings": 16, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4,
+    "temporal_patch_size": 2, "spatial_merge_size": 2, "num_key_value_heads": 2, "head_dim": 16,
+    "deepstack_visual_indexes": [0], "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32,
+    "text_hidden_size": 64, "pos_emb_height": 4, "pos_emb_width": 4, "encoder_layers": 1, "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32, "d_model": 32, "output_dim": 64, "downsample_hidden_size": 16, "position_embedding_size": 64,
+}  # fmt: skip
+_PARTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("muse_spark", "audio_config"): {"patch_sizes": [2], "hidden_sizes": [16], "depths": [1], "out_hidden_size": 64},
+    ("unlimited_ocr", "vision_config"): {
+        "sam_config": {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 16, "mlp_dim": 32,
+            "downsample_channels": [16, 32], "image_size": 64, "global_attn_indexes": [0],
+        },
+        "encoder_config": {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+            "image_size": 64, "patch_size": 16,
+        },
     },
 }  # fmt: skip
 
@@ -130,22 +222,29 @@ def tiny_config(model_type: str, sizes: dict[str, Any] | None = None) -> PreTrai
     ``sizes`` replaces fields of the text config.
     """
     whole = CONFIG_MAPPING[model_type]
-    parts = whole.sub_configs if model_type in _VISION else None
-    text_class = parts["text_config"] if parts else whole
-    known = {field.name for field in fields(text_class)} | set(text_class.attribute_map)
-    text = text_class(
-        **{key: value for key, value in _COMMON.items() if key in known} | _OWN[model_type] | (sizes or {})
+    if model_type not in _WHOLE:
+        return _filled(whole, _COMMON, _TEXTS[model_type] | (sizes or {}))
+    parts: dict[str, Any] = {}
+    for name, part in whole.sub_configs.items():
+        if name == "text_config":
+            text = _WHOLE[model_type]
+            cls, own = (CONFIG_MAPPING[text], _TEXTS[text]) if isinstance(text, str) else (part, text)
+            parts[name] = _filled(cls, _COMMON, own | (sizes or {})).to_dict()
+        else:
+            cls = CONFIG_MAPPING["siglip_vision_model"] if part.__name__ == "AutoConfig" else part
+            parts[name] = _filled(cls, _OTHER, _PARTS.get((model_type, name), {})).to_dict()
+    # other ids than these would be those of tokens that the text has
+    marks = (field.name for field in fields(whole) if field.name.endswith(("_token_id", "_token_index")))
+    more = (
+        {"projector_hidden_size": 32} if any(field.name == "projector_hidden_size" for field in fields(whole)) else {}
     )
-    if parts is None:
-        return text
-    return whole(
-        text_config=text.to_dict(),
-        vision_config=_VISION[model_type],
-        image_token_id=4,
-        video_token_id=5,
-        vision_start_token_id=6,
-        vision_end_token_id=7,
-    )
+    return whole(**parts, **{name: 4 + number for number, name in enumerate(marks)}, **more)
+
+
+def _filled(cls: Any, pool: dict[str, Any], own: dict[str, Any]) -> PreTrainedConfig:
+    """A config with ``own`` fields and those of ``pool`` that its class knows."""
+    known = {field.name for field in fields(cls)} | set(cls.attribute_map)
+    return cls(**{key: value for key, value in pool.items() if key in known} | own)
 
 
 def build_tiny(
@@ -164,7 +263,7 @@ def build_tiny(
     With ``tokenizer`` a byte-level tokenizer of exactly ``VOCAB_SIZE`` tokens with a chat template is written too.
     """
     config = tiny_config(model_type, sizes)
-    auto = AutoModelForImageTextToText if model_type in _VISION else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if model_type in _WHOLE else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(config, dtype=dtype, experts_implementation="eager").eval()
@@ -229,29 +328,35 @@ def save_tiny_tokenizer(folder: Path) -> None:
 
 
 def reference_logits(
-    folder: Path, ids: torch.Tensor, decode_ids: list[int], attn_implementation: str | None = None
+    folder: Path,
+    ids: torch.Tensor,
+    decode_ids: list[int],
+    attn_implementation: str | None = None,
+    whole: bool = False,
 ) -> list[torch.Tensor]:
     """Logits of the stock model with ``eager`` experts: of the prompt, then of each decode step.
 
     ``ids`` is int64 ``[B, T]``; every row is continued with the same ``decode_ids``, one step each, on a
     ``DynamicCache``. Returns ``[B, T, vocab]`` followed by ``len(decode_ids)`` tensors ``[B, 1, vocab]``.
     """
-    model = load_reference(folder, attn_implementation)
+    model = load_reference(folder, attn_implementation, whole)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     steps = [ids] + [torch.full((ids.shape[0], 1), token, dtype=torch.long) for token in decode_ids]
     with torch.inference_mode():
         return [model(input_ids=step, past_key_values=cache, use_cache=True).logits for step in steps]
 
 
-def load_reference(folder: Path, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_reference(folder: Path, attn_implementation: str | None = None, whole: bool = False) -> PreTrainedModel:
     """The stock causal language model in ``folder`` with ``eager`` experts, in the checkpoint's dtype, in eval mode.
 
+    ``whole``: of a multimodal checkpoint, the class that takes images too.
     ``attn_implementation`` None leaves the choice to transformers. Stock loading maps the file and leaves weights at
     any multiple of 8 bytes, and kernels may round differently by address, so they are copied to where torch puts its
     own tensors: without that the stock model does not even equal a copy of itself.
     """
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation="eager", **extra)
+    auto = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype="auto", experts_implementation="eager", **extra)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()

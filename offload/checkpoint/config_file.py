@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from offload.checkpoint.model_folder import CONFIG_FILE, read_json_object
 from offload.errors import ModelError
+from offload.model.families.known import what_runs_instead
 from offload.model.families.names import known_model_type
 
 
@@ -19,6 +20,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The checkpoint's config. Raises ModelError if it cannot be read or needs code from the checkpoint."""
     said = read_json_object(folder / CONFIG_FILE)
     known = known_model_type(said)
+    name = said.get("model_type")
+    if known is None and isinstance(name, str) and name and name not in CONFIG_MAPPING:
+        raise ModelError(f"{folder / CONFIG_FILE}: model_type '{name}' is unknown; {what_runs_instead(name)}")
     try:
         if known is not None:
             return CONFIG_MAPPING[known].from_dict(said | {"model_type": known})

@@ -28,7 +28,7 @@ from offload.compute.matrix import MatrixLayout, QuantizedMatrix, empty_matrix, 
 from offload.config import format_size
 from offload.errors import ExpertFileError, ModelError
 from offload.events import LoadProgress, Notice
-from offload.model import transformers_api as api
+from offload.model import transformers_weights as tw
 from offload.model.dense import DenseMatrix, find_dense
 
 OnEvent = Callable[[LoadProgress | Notice], None]
@@ -189,7 +189,7 @@ class _Draft:
         return self._header_bytes + self._data_bytes
 
     def write(
-        self, fd: int, source: CheckpointSource, sources: Sequence[api.ParameterSource], on_event: OnEvent
+        self, fd: int, source: CheckpointSource, sources: Sequence[tw.ParameterSource], on_event: OnEvent
     ) -> None:
         """Write the data, then the header, whose length does not depend on the checksums in it."""
         kernels = load_kernels()
@@ -227,13 +227,13 @@ class _Draft:
 
 def _sort_sources(
     source: CheckpointSource, matrices: Sequence[DenseMatrix]
-) -> tuple[list[api.ParameterSource], list[str]]:
+) -> tuple[list[tw.ParameterSource], list[str]]:
     """Where the weights of ``matrices`` come from, each matrix once, and all checkpoint tensors that they stand for.
 
     Tied weights may stand in the checkpoint under several names; then they must be the same, as the loader wants too.
     """
     dense_of = {name: dense for dense in matrices for name in dense.parameters}
-    by_matrix: dict[str, api.ParameterSource] = {}
+    by_matrix: dict[str, tw.ParameterSource] = {}
     sources, keys = [], []
     for found in source.find_parameters(dense_of.keys()):
         keys += [key for some in found.source.keys.values() for key in some]
@@ -253,7 +253,7 @@ def _sort_sources(
     return sources, sorted(keys)
 
 
-def _equal(source: CheckpointSource, one: api.ParameterSource, other: api.ParameterSource) -> bool:
+def _equal(source: CheckpointSource, one: tw.ParameterSource, other: tw.ParameterSource) -> bool:
     pairs = zip(source.read_parameters(one, _BLOCK), source.read_parameters(other, _BLOCK), strict=True)
     return all(torch.equal(mine, theirs) for (_, _, mine), (_, _, theirs) in pairs)
 

@@ -14,6 +14,7 @@ import torch
 
 from offload.errors import ModelError
 from offload.model import transformers_api as api
+from offload.model import transformers_weights as tw
 
 Change = Callable[[torch.Tensor, Any], torch.Tensor]
 """(weight as the file has it, text config) -> weight as the model has it."""
@@ -86,7 +87,7 @@ def get_architecture(name: str, model_type: str | None = None) -> Architecture:
 
 def name_tensors(
     model: Any, experts: Collection[api.ExpertsModule], architecture: str, names: Collection[str]
-) -> tuple[dict[tuple[str, str], api.TensorSource], dict[str, str]]:
+) -> tuple[dict[tuple[str, str], tw.TensorSource], dict[str, str]]:
     """Where the experts' parameters are, and ``{parameter of the skeleton: tensor of the file}``.
 
     Raises ModelError if the ``gguf`` package, which has the names, is missing, or the file lacks experts.
@@ -121,11 +122,11 @@ _PARTS = {
 }
 
 
-def _experts_source(module: api.ExpertsModule, name: str, names: Collection[str]) -> api.TensorSource:
+def _experts_source(module: api.ExpertsModule, name: str, names: Collection[str]) -> tw.TensorSource:
     found = {part: f"blk.{module.layer}.{part}.weight" for part in _PARTS.get(name, ())}
     lost = [key for key in found.values() if key not in names]
     if lost or not found:
         what = lost[0] if lost else f"what makes up {module.path}.{name}"
         raise ModelError(f"the GGUF file has no {what}; its experts are not stacked as llama.cpp does it now")
     keys = {part: (key,) for part, key in found.items()}
-    return api.TensorSource(api.row_joiner(list(found), name) if len(found) > 1 else None, keys)
+    return tw.TensorSource(tw.row_joiner(list(found), name) if len(found) > 1 else None, keys)

@@ -21,6 +21,7 @@ from offload.checkpoint.model_folder import CONFIG_FILE
 from offload.checkpoint.reading import KnownPlace
 from offload.errors import ModelError
 from offload.model import transformers_api as api
+from offload.model import transformers_weights as tw
 
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64}
 _FROM_METADATA = {  # what transformers' own reading of these files leaves out
@@ -89,7 +90,7 @@ class GgufCheckpoint:
 
     def sort(
         self, model: Any, experts: list[api.ExpertsModule]
-    ) -> tuple[dict[tuple[str, str], api.TensorSource], dict[str, str], dict[str, PackedTensor]]:
+    ) -> tuple[dict[tuple[str, str], tw.TensorSource], dict[str, str], dict[str, PackedTensor]]:
         """As :func:`offload.checkpoint.gguf_names.name_tensors`, and the packed tensors by the same names."""
         architecture = self.header.architecture
         sources, skeleton = name_tensors(model, experts, architecture, self.tensors)

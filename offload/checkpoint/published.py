@@ -16,6 +16,7 @@ from offload.checkpoint.formats.method import Method
 from offload.checkpoint.formats.packed import PackedLayout, PackedMatrix
 from offload.errors import ModelError
 from offload.model import transformers_api as api
+from offload.model import transformers_weights as tw
 
 if TYPE_CHECKING:
     from offload.checkpoint.source import CheckpointSource
@@ -36,7 +37,7 @@ def predicted_specs(module: api.ExpertsModule, method: Method) -> TensorSpecs:
     """The record of an expert as ``config.json`` alone lets expect it."""
     specs: dict[str, tuple[tuple[int, ...], torch.dtype | PackedLayout]] = {}
     for name, (shape, dtype) in module.tensors.items():
-        layout = method.predict((shape[0], shape[1]), dtype, module.transposed) if len(shape) == 2 else None
+        layout = method.predict((shape[0], shape[1]), dtype, name in module.transposed) if len(shape) == 2 else None
         specs[name] = (shape, dtype if layout is None else layout)
     return specs
 
@@ -75,11 +76,12 @@ def read_expert(
 ) -> dict[str, torch.Tensor | PackedMatrix]:
     """The bytes of one expert by the names of :func:`record_specs`; ``read`` gives rows of a checkpoint tensor."""
     found: dict[str, torch.Tensor | PackedMatrix] = {}
+    experts = source.expert_reader(module, read)
     for name, (_, dtype) in module.tensors.items():
         pieces = _pieces(source, module, name)
         if pieces is None:
             target = f"{module.path}.{name}"
-            tensor = api.convert_expert(source.model, target, source.expert_sources[module.path, name], expert, read)
+            tensor = tw.convert_expert(source.model, target, source.expert_sources[module.path, name], expert, experts)
             found[name] = tensor.to(dtype)
             continue
         for piece in pieces:
@@ -93,7 +95,7 @@ def _pieces(source: CheckpointSource, module: api.ExpertsModule, name: str) -> l
     keys = [key for some in found.keys.values() for key in some]
     if not any(key in source.packed.tensors for key in keys):
         return None
-    patterns = api.joined_patterns(found.converter)
+    patterns = tw.joined_patterns(found.converter)
     if patterns is None:
         raise ModelError(
             f"{source.folder}: the weights {keys[0]} must be rearranged, which packed ones cannot be; use "
@@ -102,7 +104,7 @@ def _pieces(source: CheckpointSource, module: api.ExpertsModule, name: str) -> l
     return list(_sorted(name, found, patterns))
 
 
-def _sorted(name: str, found: api.TensorSource, patterns: list[str]) -> Iterator[_Piece]:
+def _sorted(name: str, found: tw.TensorSource, patterns: list[str]) -> Iterator[_Piece]:
     parts = [(pattern, found.keys[pattern]) for pattern in patterns if pattern in found.keys]
     parts = parts or list(found.keys.items())
     for number, (pattern, keys) in enumerate(parts):

@@ -26,6 +26,11 @@ from offload.checkpoint.packed_tensors import PackedSlice, PackedTensors
 from offload.checkpoint.reading import KeepInPlace, Staging, TensorFiles
 from offload.errors import ModelError
 from offload.model import transformers_api as api
+from offload.model import transformers_weights as tw
+from offload.model.meta import build_meta_model
+
+ReadRows = Callable[[str, slice], torch.Tensor]
+"""(checkpoint tensor, rows along its first dimension) -> these rows."""
 
 
 @dataclass
@@ -42,7 +47,7 @@ class CheckpointSource:
     model: PreTrainedModel
     experts: list[api.ExpertsModule]
     files: dict[str, Path]
-    expert_sources: dict[tuple[str, str], api.TensorSource]
+    expert_sources: dict[tuple[str, str], tw.TensorSource]
     skeleton_keys: list[str]
     packed: PackedTensors = field(default_factory=lambda: PackedTensors({}))
     method: Method | None = None
@@ -72,7 +77,9 @@ class CheckpointSource:
             for pattern, keys in source.keys.items():
                 fused = source.converter is None or "*" not in pattern
                 if fused or expert < len(keys):
-                    key, rows = (keys[0], slice(expert, expert + 1)) if fused else (keys[expert], slice(None))
+                    key, rows = (
+                        (keys[0], self._rows_of(module, keys[0], expert)) if fused else (keys[expert], slice(None))
+                    )
                     packed = self.packed.tensors.get(key)
                     for part in (key,) if packed is None else packed.keys:
                         self._tensors.announce(part, rows)
@@ -116,21 +123,38 @@ class CheckpointSource:
         for pattern, keys in self.expert_sources[module.path, name].keys.items():
             fused = self.expert_sources[module.path, name].converter is None or "*" not in pattern
             count = self._rows(keys[0]) if fused else len(keys)
-            if count != module.num_experts:
+            if fused and module.rows_of_one_matrix and count % module.num_experts == 0:
+                continue
+            if count not in (module.num_experts, module.routed_to):
                 raise ModelError(
                     f"{self.folder}: there are weights of {count} experts ({keys[0]}), but config.json says "
                     f"{module.num_experts}"
                 )
 
-    def _read_expert(
-        self, module: api.ExpertsModule, expert: int, read: Callable[[str, slice], torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def expert_reader(self, module: api.ExpertsModule, read: ReadRows) -> ReadRows:
+        """``read`` as :func:`offload.model.transformers_weights.convert_expert` wants it: rows count experts."""
+        if not module.rows_of_one_matrix:
+            return read
+
+        def read_experts(key: str, experts: slice) -> torch.Tensor:
+            rows = self._rows_of(module, key, experts.start)
+            return read(key, rows)[None]
+
+        return read_experts
+
+    def _rows_of(self, module: api.ExpertsModule, key: str, expert: int) -> slice:
+        """Where an expert stands in a tensor that holds those of all experts."""
+        rows = self._rows(key) // module.num_experts if module.rows_of_one_matrix else 1
+        return slice(expert * rows, (expert + 1) * rows)
+
+    def _read_expert(self, module: api.ExpertsModule, expert: int, read: ReadRows) -> dict[str, torch.Tensor]:
         tensors = {}
+        read = self.expert_reader(module, read)
         for name, (shape, dtype) in module.tensors.items():
             target = f"{module.path}.{name}"
             source = self.expert_sources[module.path, name]
             self.check_experts(module, name)
-            tensor = api.convert_expert(self.model, target, source, expert, read)
+            tensor = tw.convert_expert(self.model, target, source, expert, read)
             if tuple(tensor.shape) != shape:
                 raise ModelError(
                     f"{self.folder}: expert {expert} of {target} has shape {tuple(tensor.shape)}, "
@@ -139,21 +163,21 @@ class CheckpointSource:
             tensors[name] = tensor.to(dtype)
         return tensors
 
-    def find_parameters(self, names: Collection[str]) -> list[api.ParameterSource]:
+    def find_parameters(self, names: Collection[str]) -> list[tw.ParameterSource]:
         """What makes up the parameters ``names`` of the skeleton; some may have nothing in the checkpoint.
 
         Raises ModelError if a checkpoint tensor makes up one of them and another parameter too.
         """
-        return api.find_sources(self.model, names, self.skeleton_keys)
+        return tw.find_sources(self.model, names, self.skeleton_keys)
 
-    def read_parameters(self, found: api.ParameterSource, block: int) -> Iterator[tuple[str, int, torch.Tensor]]:
+    def read_parameters(self, found: tw.ParameterSource, block: int) -> Iterator[tuple[str, int, torch.Tensor]]:
         """(parameter, first row, rows) until all rows were given, in order, on the CPU, in the checkpoint's dtype.
 
         Matrices that stand in the checkpoint as they are come in parts of about ``block`` weights, each good until the
         next; those that must be converted are converted as a whole. Raises ModelError if a tensor is damaged.
         """
         if found.source.converter is not None:
-            for name, tensor in api.convert_parameters(self.model, found, self._read).items():
+            for name, tensor in tw.convert_parameters(self.model, found, self._read).items():
                 yield name, 0, tensor
             return
         key = next(iter(found.source.keys.values()))[0]
@@ -236,18 +260,18 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
     config = read_config(folder)
     files = tensor_files(folder) if weights else {}
     dtype = default_dtype(config, folder)
-    model = api.build_meta_model(config, dtype)
+    model = build_meta_model(config, dtype)
     experts = api.find_experts(model)
     method = _method(folder, config)
     packed = PackedTensors({})
-    sources: dict[tuple[str, str], api.TensorSource] = {}
+    sources: dict[tuple[str, str], tw.TensorSource] = {}
     rest: list[str] = []
     if weights:
         if method is not None:
             packed = PackedTensors(_find_packed(folder, method, files))
         names = packed.names(files)
         files |= {name: files[found.keys[0]] for name, found in packed.tensors.items()}
-        sources, rest = api.sort_checkpoint(model, experts, names)
+        sources, rest = tw.sort_checkpoint(model, experts, names)
     return CheckpointSource(folder, config, dtype, model, experts, files, sources, rest, packed, method)
 
 
@@ -255,7 +279,7 @@ def _open_gguf(path: Path, gguf: GgufCheckpoint) -> CheckpointSource:
     try:
         config = gguf.config()
         dtype = default_dtype(config, path.parent, gguf.dtype)
-        model = api.build_meta_model(config, dtype)
+        model = build_meta_model(config, dtype)
         api.use_own_names(model)
         experts = api.find_experts(model)
         sources, skeleton, packed = gguf.sort(model, experts)

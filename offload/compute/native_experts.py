@@ -18,6 +18,7 @@ from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
 from offload.compute.decoded import Decoder
 from offload.compute.kernels.published import Decoders
 from offload.model.families import sum_dtype
+from offload.model.families.base import OwnProduct
 
 Rows = dict[int, tuple[torch.Tensor | None, Any]]
 """Of each selected expert, in ascending order: its tokens and, for each, the position among the token's top k.
@@ -62,9 +63,8 @@ class _NativeEvent(EventCompute):
     def compute(self, ready: Sequence[ExpertKey]) -> None:
         for key in ready:
             tokens, _ = self._rows[key.expert]
-            states = self._hidden if tokens is None else self._hidden[tokens]
-            expert = self._decoder.weights(self._weights_of(key), states.dtype)
-            self.accept(key.expert, expert_product(self._module, expert, states))
+            expert = self._decoder.weights(self._weights_of(key), self._hidden.dtype)
+            self.accept(key.expert, self._product(expert, tokens))
             self.calls += 2
 
     def products(self, expert: int) -> torch.Tensor:
@@ -75,6 +75,12 @@ class _NativeEvent(EventCompute):
         routed = self._top_k_weights
         weights = routed[:, positions] if tokens is None else routed[tokens, positions, None]
         self._products[expert] = products * weights
+
+    def _product(self, weights: Mapping[str, torch.Tensor], tokens: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(self._module, OwnProduct):
+            return self._module.product(weights, self._hidden, tokens)
+        states = self._hidden if tokens is None else self._hidden[tokens]
+        return expert_product(self._module, weights, states)
 
     def result(self) -> torch.Tensor:
         dtype = sum_dtype(self._module, self._hidden, self._top_k_weights)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 _FLOAT32 = 4
+_INNER = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size")
 _CALL_ROWS = 512  # an expert may bring as many rows as the crossover beyond those that a call takes
 _KERNEL_BYTES = 24 * 2**20
 """Compiled kernels and their scratch memory, made at the first prefill (measured: 15 to 28 MiB on 2 cores)."""
@@ -21,7 +24,7 @@ def activation_bytes(config: PretrainedConfig, itemsize: int, context: int, chun
     hidden = text.hidden_size
     heads = _first(text, "num_attention_heads", default=1)
     width = _first(text, "head_dim", "v_head_dim", default=hidden // heads)
-    inner = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", default=4 * hidden)
+    inner = _first(text, *_INNER, default=4 * hidden)
     dense = max(_first(text, "intermediate_size", default=inner), _first(text, "shared_expert_intermediate_size"))
     top_k = experts_per_token(config)
 
@@ -42,7 +45,7 @@ def staged_bytes(config: PretrainedConfig, itemsize: int, context: int, chunk: i
     """What quantised experts need beyond that: products wait in float32, and kernels hold copies of their input."""
     text = config.get_text_config()
     hidden = text.hidden_size
-    inner = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", default=4 * hidden)
+    inner = _first(text, *_INNER, default=4 * hidden)
     top_k = experts_per_token(config)
     rows = min(chunk, context) * top_k
     return rows * hidden * max(0, _FLOAT32 - itemsize) + min(rows, _CALL_ROWS) * (hidden + 2 * inner) * _FLOAT32
@@ -79,16 +82,24 @@ def row_bytes(config: PretrainedConfig, itemsize: int, context: int, rows: int, 
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token")
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_top_k")
     return _first(config.get_text_config(), *names, default=2)
 
 
 def _first(config: object, *names: str, default: int = 0) -> int:
     """The first of these attributes that is a number; families differ in their names, some have one per layer."""
     for name in names:
-        value = getattr(config, name, None)
+        value = _value(config, name)
         if isinstance(value, list | tuple) and value:
             value = max(v for v in value if isinstance(v, int))
         if isinstance(value, int):
             return value
-    return default
+    part = getattr(config, "ffn_config", None)  # DBRX has a config of its own for its experts
+    return default if part is None else _first(part, *names, default=default)
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # what transformers raises for a field that differs from layer to layer
+        return [getattr(layer, name, None) for layer in config.per_layer_config]

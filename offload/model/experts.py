@@ -190,6 +190,12 @@ class ExpertRuntime:
         self.transfers.compute_calls += event.calls + (on_cpu.calls if on_cpu is not None else 0)
         return output
 
+    def foretell(self, layer: int, experts: list[int]) -> None:
+        """The decoded token under way will take these experts: load them in time that the disk has left."""
+        if self.current.decode and not self.cancelled.is_set():
+            self._take_arrivals()
+            self._prefetch((layer, experts))
+
     def settle(self) -> None:
         """Finish or drop all loads in flight, between two events, and forget where weights stand."""
         for tickets in (self._tickets, self._ahead):

@@ -42,4 +42,5 @@ class NextGate:
         scores = torch.nn.functional.linear(hidden, router.weight.to(hidden.dtype), None)[0].float()
         if router.correction is not None:  # it moves the choice, not the weights: families with a sigmoid router
             scores = scores.sigmoid() + router.correction
-        return after, scores.topk(max(1, min(top_k // 2, len(scores)))).indices.tolist()
+        best = scores.topk(max(1, min(top_k // 2, len(scores)))).indices.tolist()
+        return after, [expert for expert in best if expert < router.experts]

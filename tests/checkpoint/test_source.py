@@ -229,16 +229,33 @@ def test_model_that_writes_no_text(model_type: str, model: Path) -> None:
     refused(model, rf"'{model_type}'|no {model_type} model")
 
 
-@pytest.mark.parametrize("model_type", ["never_heard_of", "", None, 3])
-def test_unknown_model_type(model_type: object, model: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "nearest"),
+    [
+        ("qwen3_moes", "the nearest that can be run: qwen3_moe and "),
+        ("never_heard_of", r"[0-9]+ kinds of models can be run, such as mixtral, qwen3_moe, deepseek_v3 and gpt_oss"),
+    ],
+)
+def test_unknown_model_type(model_type: str, nearest: str, model: Path) -> None:
+    edit_config(model, model_type=model_type)
+    refused(model, f"config.json: model_type '{model_type}' is unknown; {nearest}")
+
+
+@pytest.mark.parametrize("model_type", ["", None, 3])
+def test_model_type_that_is_none(model_type: object, model: Path) -> None:
     edit_config(model, model_type=model_type)
     refused(model, r"config.json: the config cannot be used")
+
+
+def test_known_families_that_cannot_be_run(model: Path) -> None:
+    edit_config(model, model_type="minimax")
+    refused(model, "minimax models cannot be run: they keep a cache .*; the nearest that can be run: minimax_m2$")
 
 
 def test_config_that_wants_its_own_code(model: Path) -> None:
     edit_config(model, model_type="mine", auto_map={"AutoConfig": "configuration.MyConfig"})
     (model / "configuration.py").write_text("raise SystemExit('this ran')")
-    refused(model, r"config.json: the config cannot be used")
+    refused(model, r"config.json: model_type 'mine' is unknown")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"model_type": "mixtral", "num_hidden_layers": "many"}'])

@@ -21,6 +21,7 @@ from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.model import transformers_api as api
 from offload.model.dense import DenseMatrix, find_dense
+from offload.model.meta import build_meta_model
 from offload.model.skeleton import load_skeleton, skeleton_bytes
 from tests.engines import GREEDY, finish, open_tiny
 from tests.model.test_bit_exact import DECODE_IDS, IDS, logits
@@ -50,7 +51,7 @@ def meta_model(model_type: str, dtype: torch.dtype = torch.bfloat16, **fields: A
     config = tiny_config(model_type)
     for name, value in fields.items():
         setattr(config, name, value)
-    return api.build_meta_model(config, dtype)
+    return build_meta_model(config, dtype)
 
 
 def dense_of(model: PreTrainedModel, dense_format: str) -> dict[str, DenseMatrix]:
@@ -182,7 +183,7 @@ def test_what_is_kept_in_float32_stays_but_for_the_head() -> None:
 def test_a_real_shape() -> None:
     """Qwen3-Next has 512 experts, and projections with 512 outputs."""
     config = CONFIG_MAPPING["qwen3_next"](num_hidden_layers=4)
-    dense = dense_of(api.build_meta_model(config, torch.bfloat16), "int4")
+    dense = dense_of(build_meta_model(config, torch.bfloat16), "int4")
     names = {".".join(part for part in name.split(".") if not part.isdigit()) for name in dense}
     assert {f"model.layers.self_attn.{name}_proj" for name in "qkvo"} < names
     assert {f"model.layers.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")} < names

@@ -53,7 +53,7 @@ class Quantized:
             getattr(import_module(f"transformers.models.{family}.modeling_{family}"), cls), **(SIZES | config)
         ).to(dtype)
         weights = {n: p for n, p in module._parameters.items() if p is not None and p.shape[0] == EXPERTS}
-        transposed = bool(module.is_transposed)
+        transposed = list(weights) if module.is_transposed else []
         weight_format = get_format(format_name)
         layout = weight_format.layout({n: (tuple(p.shape[1:]), p.dtype) for n, p in weights.items()}, transposed)
         self.module = module
@@ -65,7 +65,7 @@ class Quantized:
             self.views.append(weight_format.views(layout, record))
             for parameter, view in self.views[-1].items():
                 exact = decode(view, torch.float32, None) if isinstance(view, QuantizedMatrix) else view
-                exact = exact.t() if isinstance(view, QuantizedMatrix) and transposed else exact
+                exact = exact.t() if isinstance(view, QuantizedMatrix) and parameter in transposed else exact
                 self.reference._parameters[parameter].data[expert] = exact  # type: ignore[union-attr]
         for parameter in weights:
             del module._parameters[parameter]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -36,10 +36,10 @@ class WeightFormat(ABC):
     """Whether packed weights are taken as the checkpoint holds them, else decoded."""
 
     @abstractmethod
-    def layout(self, tensors: TensorSpecs, transposed: bool = False) -> RecordLayout:
+    def layout(self, tensors: TensorSpecs, transposed: Collection[str] = ()) -> RecordLayout:
         """Where each tensor stands in a record. A pure function of shapes and dtypes.
 
-        ``transposed``: the experts module holds its matrices as [inputs, outputs].
+        ``transposed``: the matrices that the experts module holds as [inputs, outputs].
         """
 
     @abstractmethod
@@ -48,7 +48,7 @@ class WeightFormat(ABC):
         layout: RecordLayout,
         tensors: Mapping[str, torch.Tensor | PackedMatrix],
         record: torch.Tensor,
-        transposed: bool = False,
+        transposed: Collection[str] = (),
     ) -> Error:
         """Write one expert into ``record``, uint8[layout.record_bytes]; padding is left as it is.
 

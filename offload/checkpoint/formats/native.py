@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ class NativeFormat(WeightFormat):
     lossless = True
     published: ClassVar[bool] = True
 
-    def layout(self, tensors: TensorSpecs, transposed: bool = False) -> RecordLayout:
+    def layout(self, tensors: TensorSpecs, transposed: Collection[str] = ()) -> RecordLayout:
         sizes = {}
         for name, (shape, held) in tensors.items():
             if isinstance(held, PackedLayout):
@@ -46,7 +46,7 @@ class NativeFormat(WeightFormat):
         layout: RecordLayout,
         tensors: Mapping[str, torch.Tensor | PackedMatrix],
         record: torch.Tensor,
-        transposed: bool = False,
+        transposed: Collection[str] = (),
     ) -> Error:
         """The error is not finite if a scale of a packed matrix is not."""
         finite = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -37,14 +37,14 @@ class QuantizedFormat(WeightFormat):
         self._dtype = dtype
         self._others = dict(others or {})
 
-    def layout(self, tensors: TensorSpecs, transposed: bool = False) -> RecordLayout:
+    def layout(self, tensors: TensorSpecs, transposed: Collection[str] = ()) -> RecordLayout:
         sizes = {}
         for name, (shape, dtype) in tensors.items():
             assert isinstance(dtype, torch.dtype), "packed weights are decoded first"
             if len(shape) != 2:
                 sizes[name] = (shape, str(dtype).removeprefix("torch."), math.prod(shape) * dtype.itemsize)
                 continue
-            rows, columns = reversed(shape) if transposed else shape
+            rows, columns = reversed(shape) if name in transposed else shape
             bits, group = _DTYPES[self._others.get(name, self._dtype)]
             matrix = MatrixLayout.make(rows, columns, bits, group)
             kept = f"int4-g{matrix.group}" if bits == 4 else "int8"
@@ -56,7 +56,7 @@ class QuantizedFormat(WeightFormat):
         layout: RecordLayout,
         tensors: Mapping[str, torch.Tensor | PackedMatrix],
         record: torch.Tensor,
-        transposed: bool = False,
+        transposed: Collection[str] = (),
     ) -> Error:
         error = Error()
         for tensor in layout.tensors:
@@ -65,7 +65,7 @@ class QuantizedFormat(WeightFormat):
             if tensor.dtype not in _DTYPES:
                 write_native(tensor, record, value)
                 continue
-            value = value.t() if transposed else value
+            value = value.t() if tensor.name in transposed else value
             if value.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} has shape {tuple(value.shape)} instead of {tuple(tensor.shape)}")
             error = error.plus(encode(value, _view(tensor, record), load_kernels()))

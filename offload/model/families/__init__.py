@@ -39,7 +39,7 @@ _ROWS_MAY_SHARE = frozenset(
     {
         "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe", "minimax_m2",
         "granitemoe", "phimoe", "ernie4_5_moe", "gemma4_text", "aria_text", "beam", "cohere2_moe", "hunyuan_v1_moe",
-        "mimo_v2_flash", "afmoe", "laguna", "grok-1",
+        "mimo_v2_flash", "afmoe", "laguna", "dbrx", "longcat_flash", "grok-1",
     }
 )  # fmt: skip
 

@@ -32,7 +32,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 
-from offload.model.transformers_api import register_layout, use_experts_implementation
+from offload.model.transformers_api import use_experts_implementation
+from offload.model.transformers_weights import register_layout
 
 MODEL_TYPE = "grok-1"
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
