@@ -165,7 +165,7 @@ class KVState:
             for layer in self.cache.layers:
                 extra = layer.get_seq_length() - length if hasattr(layer, "get_seq_length") else 0
                 if extra > 0:
-                    if not layer.is_croppable:
+                    if not (layer.is_croppable and _is_plain(layer)):
                         raise RuntimeError("this layer cannot forget")
                     layer.crop(-extra)
                 elif not _is_attention(layer) and length != len(self.tokens):
@@ -181,6 +181,11 @@ class KVState:
             self.truncate(len(self.tokens))
         else:
             self.reset()  # some recurrent states may have moved on, and they do not tell
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether what ``crop`` shortens is all that it keeps: a model's own kind of layer inherits that and has more."""
+    return isinstance(layer, PreallocatedLayer) or type(layer).__module__ == DynamicLayer.__module__
 
 
 def _is_attention(layer: Any) -> bool:

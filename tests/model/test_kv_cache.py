@@ -107,6 +107,17 @@ def test_a_changed_conversation_gives_the_logits_of_a_fresh_one(architecture: st
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_layer_with_states_of_its_own_starts_anew(tmp_path: Path) -> None:
+    """DeepSeek V4 sums up keys of several tokens, and what is summed up cannot be taken apart again."""
+    model = load_reference(build_tiny("deepseek_v4", tmp_path))
+    state = KVState(model.config, 128)
+    for prompt in (IDS[:7], IDS[:5] + [7], IDS[:5] + [7, 8, 9]):  # within the window, from which crop would take tokens
+        kept = state.keep_prefix(prompt)
+        assert kept in (0, 6), "all or nothing"
+        logits = run(model, state, prompt[kept:])
+        torch.testing.assert_close(logits, run(model, KVState(model.config, 128), prompt), rtol=1e-3, atol=1e-4)
+
+
 def test_an_attention_cache_keeps_the_common_prefix(tmp_path: Path) -> None:
     model = load_reference(build_tiny("qwen3_moe", tmp_path))
     state = KVState(model.config, 64)
