@@ -105,6 +105,7 @@ def foretells(engine: Engine) -> str:
         events.append((layer, hidden, ids))
         return run(module, layer, hidden, ids, weights)
 
+    engine.reset()  # the answer must not depend on what the engine did before
     runtime.run = watched  # type: ignore[method-assign]
     right = []
     try:
@@ -117,7 +118,7 @@ def foretells(engine: Engine) -> str:
     finally:
         del runtime.run
     share = sum(right) / len(right) if right else 0
-    return "yes" if share >= 0.95 else "mostly" if share >= 0.6 else "no"
+    return "yes" if share >= 0.85 else "mostly" if share >= 0.6 else "no"
 
 
 def families_behind_the_interface() -> set[str]:

@@ -32,7 +32,7 @@ from offload.compute.matrix import MatrixLayout, empty_matrix, encode
 from offload.config import EngineSettings
 from offload.errors import ExpertFileError, ModelError
 from offload.events import LoadProgress, Notice
-from offload.model import transformers_api as api
+from offload.model import transformers_weights as api
 from offload.model.dense import find_dense
 from tests.checkpoint.packs import Stopped, ignore, stop_after
 from tests.tiny_models import build_tiny, load_reference

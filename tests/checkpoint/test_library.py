@@ -125,6 +125,9 @@ def test_partial_with_a_manifest_is_incomplete(packed: Path) -> None:
 
 def test_size_on_disk(packed: Path, source: CheckpointSource) -> None:
     partial = incomplete_pack(source, packed.parent, "half")
+    for file in [*packed.iterdir(), *partial.iterdir()]:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())  # a file system may settle later how many blocks a file takes
     (half, whole) = list_packs(packed.parent)
     for pack, folder in ((whole, packed), (half, partial)):
         length = sum(file.stat().st_size for file in folder.iterdir())

@@ -51,11 +51,12 @@ def weights_on(device: torch.device, module: Module, name: str, dtype: torch.dty
     if module.has_bias:
         shapes |= {f"{first}_bias": (outer,), "down_proj_bias": (HIDDEN,)}
     chosen = get_format(name)
-    layout = chosen.layout({tensor: (shape, dtype) for tensor, shape in shapes.items()}, module.is_transposed)
+    transposed = frozenset(shapes if module.is_transposed else ())
+    layout = chosen.layout({tensor: (shape, dtype) for tensor, shape in shapes.items()}, transposed)
     arena = torch.full((EXPERTS, layout.record_bytes), 0xFF, dtype=torch.uint8)  # nothing beside the weights may count
     for record in arena:
         tensors = {tensor: torch.randn(shape, generator=random).to(dtype) for tensor, shape in shapes.items()}
-        chosen.encode(layout, tensors, record, module.is_transposed)
+        chosen.encode(layout, tensors, record, transposed)
     arena = arena.to(device)
     return {ExpertKey(0, expert): chosen.views(layout, arena[expert]) for expert in range(EXPERTS)}
 

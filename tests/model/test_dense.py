@@ -121,6 +121,7 @@ def test_routers_and_what_is_small_are_left(architecture: str) -> None:
     experts = api.find_experts(model)
     for path, dense in dense_of(model, "int4").items():
         assert not set(path.split(".")) & set(ROUTERS), path
+        path = path.replace("norm_attn_norm", "")  # DBRX's attention is in a block that is named after its norms
         assert "router" not in path and "norm" not in path and "conv1d" not in path
         assert dense.layout.rows >= 16 and dense.layout.columns >= 32
     for found in experts:

@@ -122,7 +122,11 @@ def test_experts_that_a_token_decides_are_foretold(device: str, tmp_path: Path) 
         told: list[tuple[int, list[int]]] = []
         taken: list[tuple[int, list[int]]] = []
         prefetch, record = runtime._prefetch, runtime.predictor.record_event
-        runtime._prefetch = lambda guess: (told.append(guess) if guess else None, prefetch(guess))[1]
+        # what a token decides comes as a list, what is guessed one by one
+        runtime._prefetch = lambda guesses: (
+            told.extend(guesses) if isinstance(guesses, list) else None,
+            prefetch(guesses),
+        )[1]
         runtime.predictor.record_event = lambda layer, experts, *, decode: (
             taken.append((layer, experts)) if decode else None,
             record(layer, experts, decode=decode),

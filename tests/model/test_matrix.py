@@ -136,9 +136,28 @@ def put_decoded_weights(model: PreTrainedModel, checkpoint: Path, format_name: s
             for name, view in form.views(layout, record).items():
                 if isinstance(view, QuantizedMatrix):
                     weight = decode(view, torch.float32, None)
-                    target = model.get_submodule(module.path)._parameters[name]
-                    assert target is not None
-                    target.data[expert] = weight.t() if module.transposed else weight
+                    parts = stock_weights(model, module.path, name, expert)
+                    weight = weight.t() if name in module.transposed else weight
+                    for part, own in zip(parts, weight.chunk(len(parts)), strict=True):
+                        part.copy_(own)
+
+
+def stock_weights(model: PreTrainedModel, path: str, name: str, expert: int) -> list[torch.Tensor]:
+    """An expert's parts of the stock model's own parameters, one below the other; views, to be written through."""
+    parent, _, last = path.rpartition(".")
+    block = model.get_submodule(parent)
+    if not hasattr(block, last):  # JetMoE: the block itself holds them
+        stack = block.input_linear if name == "gate_up_proj" else block.output_linear
+        return [stack.weight.data[expert]]
+    experts = model.get_submodule(path)
+    if not hasattr(experts, "mlp"):
+        parameter = experts._parameters[name]
+        assert parameter is not None
+        return [parameter.data[expert]]
+    stock = experts.mlp  # DBRX: the experts one below the other
+    inner = stock.ffn_hidden_size
+    rows = slice(expert * inner, (expert + 1) * inner)
+    return [stock.w2.data[rows]] if name == "down_proj" else [stock.w1.data[rows], stock.v1.data[rows]]
 
 
 def stock_logits(model: PreTrainedModel) -> list[torch.Tensor]:

@@ -320,6 +320,7 @@ def play(tiers: Tiers, steps: list[Any], moods: Moods, expected: Expected) -> No
             moods.refusals = rest[0]
             run_event(tiers, moods, expected, rest[1], 7, 5)
             moods.refusals = None
+            tiers.device.recover()  # where a read failed first, kernels may have been refused after that
         elif name == "budget" and tiers.simulated is not None:
             vram = tiers.simulated.vram  # no event runs without memory for its sums: only growing is tried
             tiers.device.set_budget(vram.used + rest[0] * tiers.storage.arena.slot_bytes)
