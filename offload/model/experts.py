@@ -44,6 +44,11 @@ class ForwardPass:
     parts: Sequence[tuple[int, int, int, bool]] = ()
     recent: Sequence[Sequence[int]] = ()
 
+    @property
+    def one_token(self) -> bool:
+        """Whether it decodes for one row alone."""
+        return self.decode and len(self.parts) < 2
+
 
 @dataclass(slots=True)
 class TransferCounters:
@@ -231,17 +236,17 @@ class ExpertRuntime:
         the first to arrive are computed while the rest is on its way. Always in the order in which they began: what is
         evicted must not depend on the disk's mood.
         """
-        if self.current.decode:
+        if self.current.one_token:
             return list(loading)
         return list(itertools.takewhile(lambda key: self._tickets[key].ready(), loading)) or loading[:1]
 
     def _has_arrived(self, loading: list[ExpertKey]) -> bool:
         """Whether the device could go on, where it pays to look: one token's experts wait for all loads anyway."""
-        return not self.current.decode and bool(loading) and self._tickets[loading[0]].ready()
+        return not self.current.one_token and bool(loading) and self._tickets[loading[0]].ready()
 
     def _compute_on_cpu(self, event: EventCompute, on_cpu: HostEvent) -> None:
         """With one token all at once, as one call is quickest; with many one expert, to look after the loads again."""
-        keys = on_cpu.left[: None if self.current.decode else 1]
+        keys = on_cpu.left[: None if self.current.one_token else 1]
         on_cpu.compute(event, keys)
         for key in keys:
             self.cache.release(key)
