@@ -44,6 +44,21 @@ class EventCompute(ABC):
         """The sum of all experts' weighted products, [T, H]; every expert must have been computed."""
 
 
+class RowEvent(EventCompute):
+    """An event that keeps the products of all pairs of a token and an expert in one tensor, expert by expert."""
+
+    _rows: dict[int, tuple[int, int]]  # of each expert: its first row, and how many
+    _products: torch.Tensor  # [rows, H]
+
+    def products(self, expert: int) -> torch.Tensor:
+        first, count = self._rows[expert]
+        return self._products[first : first + count]
+
+    def accept(self, expert: int, products: torch.Tensor) -> None:
+        first, count = self._rows[expert]
+        self._products[first : first + count] = products
+
+
 class ExpertCompute(ABC):
     """How experts of one weight format are computed on one device."""
 

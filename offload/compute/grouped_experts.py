@@ -13,7 +13,7 @@ import torch
 
 from cache.keys import ExpertKey
 from offload.checkpoint.formats import Weights
-from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
+from offload.compute.base import EventCompute, ExpertCompute, RowEvent, WeightsOf
 from offload.compute.grouped import GroupedKernels
 from offload.compute.grouped.launches import Placed, Tile, combination, cut, first_address, place, product, row_tile
 from offload.model.families import sum_dtype
@@ -46,7 +46,7 @@ class GroupedExperts(ExpertCompute):
         return _GroupedEvent(self, module, hidden, top_k_index, top_k_weights, weights_of)
 
 
-class _GroupedEvent(EventCompute):
+class _GroupedEvent(RowEvent):
     """Rows are pairs of a token and one of its experts, sorted by expert; ``_products`` holds one product for each."""
 
     def __init__(
@@ -100,14 +100,6 @@ class _GroupedEvent(EventCompute):
             rows += count
         if together:
             self._call(together, rows)
-
-    def products(self, expert: int) -> torch.Tensor:
-        first, count = self._rows[expert]
-        return self._products[first : first + count]
-
-    def accept(self, expert: int, products: torch.Tensor) -> None:
-        first, count = self._rows[expert]
-        self._products[first : first + count] = products
 
     def result(self) -> torch.Tensor:
         products = self._products

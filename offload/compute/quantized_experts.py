@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 
 from cache.keys import ExpertKey
 from offload.checkpoint.formats import Weights
-from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
+from offload.compute.base import EventCompute, ExpertCompute, RowEvent, WeightsOf
 from offload.compute.kernels.binding import Expert
 from offload.compute.matrix import QuantizedMatrix
 from offload.compute.product import Products, wide_rows
@@ -18,6 +18,8 @@ CALL_ROWS = 256
 """Pairs of a token and an expert that one call of the kernel takes, if no single expert has more."""
 
 GatesWithSilu = Callable[[Any], bool]
+KernelJob = tuple[int, int, int, int]
+"""Addresses of a record and (here 0) of params, the first row of the input, and how many."""
 
 
 class QuantizedExperts(ExpertCompute):
@@ -77,7 +79,7 @@ class QuantizedExperts(ExpertCompute):
         return expert, base
 
 
-class _QuantizedEvent(EventCompute):
+class _QuantizedEvent(RowEvent):
     """Rows are pairs of a token and one of its experts; ``products`` holds one product for each, float32.
 
     With one token a row's number is the position in its top k; otherwise rows are sorted by expert. Either order, in
@@ -144,14 +146,6 @@ class _QuantizedEvent(EventCompute):
             step(together[:taken])
             del together[:taken]
 
-    def products(self, expert: int) -> torch.Tensor:
-        first, count = self._rows[expert]
-        return self._products[first : first + count]
-
-    def accept(self, expert: int, products: torch.Tensor) -> None:
-        first, count = self._rows[expert]
-        self._products[first : first + count] = products
-
     def result(self) -> torch.Tensor:
         kernels = self._owner.products.kernels
         hidden = self._hidden
@@ -179,24 +173,13 @@ class _QuantizedEvent(EventCompute):
         kernels = self._owner.products.kernels
         for expert, jobs in self._jobs(many):
             assert kernels is not None
-            room = most = wide_rows(expert.gate_up.columns + expert.down.columns)
-            call: list[tuple[int, int, int, int]] = []
-            for base, params, first, count in jobs:
-                while count:
-                    taken = min(count, room)
-                    call.append((base, params, first, taken))
-                    first, count, room = first + taken, count - taken, room - taken
-                    if not room:
-                        kernels.wide_experts(expert, call, self._hidden, self._products, self._token_of)
-                        self.calls += 1
-                        call, room = [], most
-            if call:
+            for call in in_calls(jobs, wide_rows(expert.gate_up.columns + expert.down.columns)):
                 kernels.wide_experts(expert, call, self._hidden, self._products, self._token_of)
                 self.calls += 1
 
-    def _jobs(self, some: list[tuple[Weights, int, int]]) -> list[tuple[Expert, list[tuple[int, int, int, int]]]]:
+    def _jobs(self, some: list[tuple[Weights, int, int]]) -> list[tuple[Expert, list[KernelJob]]]:
         """The kernel's jobs, by layout: one, since the experts of a layer are laid out alike."""
-        jobs_of: dict[int, tuple[Expert, list[tuple[int, int, int, int]]]] = {}
+        jobs_of: dict[int, tuple[Expert, list[KernelJob]]] = {}
         for weights, first, count in some:
             expert, base = self._owner.expert(*_matrices(weights))
             jobs_of.setdefault(id(expert), (expert, []))[1].append((base, 0, first, count))
@@ -255,6 +238,23 @@ class _QuantizedEvent(EventCompute):
         if self._module.has_post_expert_norm:
             normed = self._module.post_expert_norm(self._products[rows].to(self._hidden.dtype))
             self._products[rows] = normed.float()
+
+
+def in_calls(jobs: Sequence[KernelJob], most: int) -> Iterator[list[KernelJob]]:
+    """The same rows in lists of jobs with at most ``most`` rows each; a job is cut where a list is full."""
+    call: list[KernelJob] = []
+    room = most
+    for base, params, first, count in jobs:
+        end = first + count
+        while first < end:
+            taken = min(end - first, room)
+            call.append((base, params, first, taken))
+            first, room = first + taken, room - taken
+            if not room:
+                yield call
+                call, room = [], most
+    if call:
+        yield call
 
 
 def _matrices(weights: Weights) -> tuple[QuantizedMatrix, QuantizedMatrix]:

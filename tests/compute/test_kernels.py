@@ -4,7 +4,7 @@ depends on nothing but that row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -190,6 +190,21 @@ class Gated(NamedTuple):
         return (torch.nn.functional.silu(gate) * up) @ self.down.t()
 
 
+def jobs_of(
+    experts: Sequence[Gated], inputs: torch.Tensor
+) -> tuple[list[tuple[int, int, int, int]], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Jobs of experts, of the first with all tokens and one less each; their tokens, room for products, and these."""
+    rows_of = [torch.arange(len(inputs))[number:] for number in range(len(experts))]  # the last may have none
+    token_of = torch.cat(rows_of).to(torch.int32)
+    output = torch.full((len(token_of), inputs.shape[1]), torch.nan)
+    jobs, expected, first = [], torch.empty(output.shape, dtype=torch.float64), 0
+    for expert, rows in zip(experts, rows_of, strict=True):
+        jobs.append((expert.memory.data_ptr(), 0, first, len(rows)))
+        expected[first : first + len(rows)] = expert.product(inputs[rows])
+        first += len(rows)
+    return jobs, token_of, output, expected
+
+
 def gated(hidden: int, inner: int, up_bits: tuple[int, int], down_bits: tuple[int, int], seed: int) -> Gated:
     matrices = quantized(2 * inner, hidden, *up_bits, seed), quantized(hidden, inner, *down_bits, seed + 100)
     memory = torch.zeros(sum(matrix.layout.bytes + 128 for matrix, _ in matrices), dtype=torch.uint8)
@@ -230,14 +245,7 @@ def test_silu_experts(
 ) -> None:
     experts = [gated(hidden, inner, up_bits, down_bits, seed) for seed in range(3)]
     inputs = normal(tokens, hidden, dtype=dtype) / hidden**0.5
-    rows_of = [torch.arange(tokens)[number:] for number in range(3)]  # the last may have none
-    token_of = torch.cat(rows_of).to(torch.int32)
-    output = torch.full((len(token_of), hidden), torch.nan)
-    jobs, expected, first = [], torch.empty(output.shape, dtype=torch.float64), 0
-    for expert, rows in zip(experts, rows_of, strict=True):
-        jobs.append((expert.memory.data_ptr(), 0, first, len(rows)))
-        expected[first : first + len(rows)] = expert.product(inputs[rows])
-        first += len(rows)
+    jobs, token_of, output, expected = jobs_of(experts, inputs)
     kernels.silu_experts(experts[0].expert, jobs, inputs, output, token_of)
     scale = inner**0.5  # the reference's down projection was divided by it
     bound = 1e-5 if inner > 1 else 1e-4  # a single gate may be small by chance

@@ -8,7 +8,8 @@ import torch
 from offload.compute.kernels import Kernels
 from offload.compute.matrix import decode
 from offload.compute.product import Products, wide_rows
-from tests.compute.test_kernels import LAYOUTS, address, assert_close, gated, normal, quantized
+from offload.compute.quantized_experts import in_calls
+from tests.compute.test_kernels import LAYOUTS, address, assert_close, gated, jobs_of, normal, quantized
 
 SHAPES = [(1, 32), (16, 64), (40, 160), (77, 256), (96, 480)]
 BFLOAT = torch.bfloat16
@@ -70,16 +71,14 @@ def test_whole_experts(tokens: int, bits: tuple[int, int], wide: Kernels) -> Non
     hidden, inner = 160, 96
     experts = [gated(hidden, inner, bits, bits, seed) for seed in range(3)]
     inputs = normal(tokens, hidden, dtype=BFLOAT) / hidden**0.5
-    rows_of = [torch.arange(tokens)[number:] for number in range(3)]  # the last may have none
-    token_of = torch.cat(rows_of).to(torch.int32)
-    output = torch.full((len(token_of), hidden), torch.nan)
-    jobs, expected, first = [], torch.empty(output.shape, dtype=torch.float64), 0
-    for expert, rows in zip(experts, rows_of, strict=True):
-        jobs.append((expert.memory.data_ptr(), 0, first, len(rows)))
-        expected[first : first + len(rows)] = expert.product(inputs[rows])
-        first += len(rows)
+    jobs, token_of, output, expected = jobs_of(experts, inputs)
     wide.wide_experts(experts[0].expert, jobs, inputs, output, token_of)
     assert_close(output / inner**0.5, expected, 6e-3)
+    parts = torch.full_like(output, torch.nan)
+    for call in in_calls(jobs, 7):
+        assert sum(count for _, _, _, count in call) <= 7
+        wide.wide_experts(experts[0].expert, call, inputs, parts, token_of)
+    assert torch.equal(parts, output), "the same in calls of a few rows"
 
 
 def test_what_is_not_finite_stays_in_its_row(wide: Kernels) -> None:
