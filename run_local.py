@@ -16,7 +16,7 @@ from offload.config import DEFAULT_POLICY, DEFAULT_SCOPE, format_size
 from offload.errors import UsageError
 from offload.host import LocalHost, write_stats
 from tui.bench import given_flags, read_text
-from tui.command_line import Command, command_line, flag_values
+from tui.command_line import Command, command_line, flag_values, shared_flags
 from tui.failures import ExitCode, run_guarded
 from tui.flags import (
     FlagValues,
@@ -286,6 +286,26 @@ def _tune(arguments: argparse.Namespace, values: FlagValues) -> int:
     return run_tune(arguments, tuning, TuneDefaults(DEFAULT_POLICY, DEFAULT_SCOPE), Screen())
 
 
+def _doctor(arguments: argparse.Namespace, values: FlagValues) -> int:
+    prepare_libraries(hub_is_offline(os.environ))
+
+    from itertools import chain
+
+    from offload.doctor import examine
+    from tui.doctor import examine_front_end, finding_lines, findings_json, verdict
+    from tui.screen import Screen
+
+    screen, findings = Screen(), []
+    for finding in chain(examine_front_end(shared_flags(), tuple(_COMMANDS), os.environ), examine()):
+        findings.append(finding)
+        if not arguments.json:
+            screen.answer(finding_lines(finding))
+    if arguments.json:
+        screen.answer(findings_json(findings))
+    screen.note(verdict(findings))
+    return ExitCode.FAILED if any(finding.state == "problem" for finding in findings) else ExitCode.DONE
+
+
 def _config(arguments: argparse.Namespace, values: FlagValues) -> int:
     from tui.config_view import config_json, config_rows, config_text
     from tui.screen import Screen
@@ -326,6 +346,7 @@ _COMMANDS: dict[str, Command] = {
     "models": _models,
     "trace": _trace,
     "tune": _tune,
+    "doctor": _doctor,
     "config": _config,
     "completion": _completion,
 }

@@ -35,6 +35,20 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """What ``doctor`` found out about one thing.
+
+    ``state`` is "ok", "note" (it works, and something would be better) or "problem" (a command would fail).
+    ``remedy`` says what to do about the latter two.
+    """
+
+    area: str
+    state: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillProgress:
     """``done`` of ``total`` prompt tokens are in the KV cache; ``reused`` of them were there from the turn before."""
 

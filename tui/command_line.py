@@ -27,7 +27,7 @@ from tui.saved import add_saved_flags
 from tui.version import VersionAction
 
 Command = Callable[[argparse.Namespace, FlagValues], int]
-_COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config", "completion")
+_COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "doctor", "config", "completion")
 
 _ENVIRONMENT = """\
 Flags of the groups model, format, memory, run and sampling can also be set in the environment (--ctx is RUN_LOCAL_CTX),
@@ -115,6 +115,9 @@ def command_line(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         _add_command(commands, "tune", run["tune"], "find the policy and the cache size for your traces", ())
     )
 
+    doctor = _add_command(commands, "doctor", run["doctor"], "look at what this machine can do and what is wrong", ())
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
+
     config = _add_command(commands, "config", run["config"], "show the settings", ())
     show = _nested(config, "config", run["config"])("show", "show every flag, its value and where that comes from")
     for group, flags in _FLAG_GROUPS.items():
@@ -127,11 +130,16 @@ def command_line(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     return parser
 
 
+def shared_flags() -> list[Flag]:
+    """Every flag that commands share."""
+    return [flag for group in _FLAG_GROUPS.values() for flag in group]
+
+
 def flag_values(arguments: argparse.Namespace) -> FlagValues:
     """The shared flags of a command, from the command line, the environment, the preset and the file."""
     if not arguments.flags:
         return FlagValues({})
-    known = [flag.dest for group in _FLAG_GROUPS.values() for flag in group]
+    known = [flag.dest for flag in shared_flags()]
     kept = kept_flags(getattr(arguments, "preset", None), arguments.command, _COMMANDS, known, os.environ)
     return read_flags(arguments, arguments.flags, os.environ, kept)
 

@@ -31,7 +31,7 @@ def _below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
 
 
 NESTED = [f"trace {name}" for name in ("info", "convert", "merge", "split", "synth")] + ["config show"]
-COMMAND_NAMES = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config", "completion")
+COMMAND_NAMES = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "doctor", "config", "completion")
 NAMES = ["run-local", *COMMAND_NAMES, *NESTED]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.running import ROOT, environment
 
-COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "config", "completion")
+COMMANDS = ("chat", "batch", "plan", "pack", "bench", "models", "trace", "tune", "doctor", "config", "completion")
 HEAVY = ("torch", "transformers", "textual", "rich", "numpy", "huggingface_hub", "tokenizers", "readline")
 
 
