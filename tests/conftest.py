@@ -30,6 +30,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without a card, Triton's kernels run in its interpreter; it looks here when it is first imported.
 _CARD = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/dxg"))
 os.environ.setdefault("TRITON_INTERPRET", "0" if _CARD else "1")
+# Screens look alike whatever terminal the tests are run in.
+os.environ["COLORTERM"] = "truecolor"
+os.environ.pop("NO_COLOR", None)
 # The user's own config.toml and presets are none of the tests' business.
 os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "config")
 # What is made once for a machine (compiled kernels, calibration) is kept between runs, but not in the user's own cache.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -58,40 +57,44 @@ def make_grid(snapshot: CacheSnapshot, rows: int, columns: int) -> Grid:
     layers = len(snapshot.layers)
     experts = max((len(states) for states in snapshot.states), default=0)
     layers_each, experts_each = -(-layers // max(1, rows)) or 1, -(-experts // max(1, columns)) or 1
-    lit = [_lit(snapshot, row) for row in range(layers)]
+    each = [_layer_cells(snapshot, row, experts) for row in range(layers)]
     cells, shares = [], []
     for top in range(0, layers, layers_each):
         some = range(top, min(top + layers_each, layers))
+        if layers_each == experts_each == 1:
+            cells.append(tuple(map(_CELLS.__getitem__, each[top])))
+            shares.append(tuple(map(float, _padded(snapshot.states[top], experts).translate(_READY))))
+            continue
         cell_row, share_row = [], []
         for left in range(0, experts, experts_each):
             part = slice(left, left + experts_each)
             states = b"".join(snapshot.states[row][part] for row in some)
-            ready = states.count(ExpertState.READY)
-            best = max((lit[row].get(e, 0) for row in some for e in _used(lit[row], left, experts_each)), default=0)
-            best = max(best, Cell.LOADING if ExpertState.LOADING in states else 0, Cell.RESIDENT if ready else 0)
-            best = best or (Cell.HOSTED if ExpertState.HOSTED in states else 0)
-            cell_row.append(Cell(best))
-            share_row.append(ready / len(states) if states else 0.0)
+            cell_row.append(_CELLS[max(max(each[row][part]) for row in some)])
+            share_row.append(states.count(ExpertState.READY) / len(states) if states else 0.0)
         cells.append(tuple(cell_row))
         shares.append(tuple(share_row))
     return Grid(tuple(cells), tuple(shares), layers_each, experts_each)
 
 
-def _lit(snapshot: CacheSnapshot, row: int) -> dict[int, int]:
-    """The experts of a layer that the latest passes used, with HIT or MISSED: few of many."""
-    oldest = snapshot.forward - RECENT_PASSES
-    uses: Sequence[int] = snapshot.last_use[row]
-    lit = {}
-    for expert, used in enumerate(uses):
-        if used > oldest and used >= 0:
-            cell = expert_cell(snapshot, row, expert)
-            if cell > Cell.LOADING:
-                lit[expert] = int(cell)
-    return lit
+_CELLS = tuple(Cell)
+_KEPT = {ExpertState.LOADING: Cell.LOADING, ExpertState.READY: Cell.RESIDENT, ExpertState.HOSTED: Cell.HOSTED}
+_AS_CELL = bytes(_KEPT.get(state, Cell.ABSENT) for state in [*ExpertState, *range(len(ExpertState), 256)])
+_READY = bytes(int(state == ExpertState.READY) for state in range(256))
 
 
-def _used(lit: dict[int, int], left: int, count: int) -> list[int]:
-    return [expert for expert in lit if left <= expert < left + count]
+def _layer_cells(snapshot: CacheSnapshot, row: int, experts: int) -> bytearray:
+    """A cell for each of ``experts`` of a layer, in few steps of Python: this is done with every repaint."""
+    cells = bytearray(_padded(snapshot.states[row], experts).translate(_AS_CELL))
+    oldest = max(-1, snapshot.forward - RECENT_PASSES)
+    for expert, used in enumerate(snapshot.last_use[row]):
+        if used > oldest:
+            cells[expert] = max(cells[expert], expert_cell(snapshot, row, expert))
+    return cells
+
+
+def _padded(states: bytes, experts: int) -> bytes:
+    """Layers may have different numbers of experts."""
+    return states.ljust(experts, bytes([ExpertState.ABSENT]))
 
 
 def describe(snapshot: CacheSnapshot, row: int, expert: int, score: float | None = None) -> str:

@@ -9,7 +9,7 @@ from tui.figures import Effect, Figures
 from tui.status import figure, percent
 
 Piece = tuple[str, str]
-"""A text and how it looks: "" plain, "dim", "title", "good", "warm", "bad", or a colour, "#rrggbb"."""
+"""A text and how it looks: "" plain, "dim", "title", "good", "warm", "bad", or a colour by another name."""
 Line = list[Piece]
 _BARS = "▁▂▃▄▅▆▇█"
 _LABEL = 12

@@ -2,7 +2,8 @@
 
 ``python -m tests.tui.measure echo``: milliseconds from a keystroke to its echo while an answer streams, with 200
 messages on the screen and an answer of 2,000 lines. ``python -m tests.tui.measure cost``: decoding speed of the demo
-model in the full-screen chat against the plain one, in turns. Both print JSON.
+model in the full-screen chat against the plain one, in turns. ``python -m tests.tui.measure paint``: what painting alone
+costs, painted and not painted windows of one answer in turns, with the processor time of both threads. All print JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from offload.events import Event, Token
 from offload.paths import cache_folder
 from offload.protocol import Message
 from tests.cli.running import ROOT, environment
+from tests.tui import painting
 from tests.tui.fake_engine import Answer
 from tests.tui.live_engine import FakeHost, FakeLiveEngine
 from tests.tui.terminal import Terminal
@@ -134,7 +136,7 @@ def share(times: list[float], part: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("echo", "cost", "child"))
+    parser.add_argument("what", choices=("echo", "cost", "paint", "child"))
     parser.add_argument("numbers", nargs="*", type=float)
     parser.add_argument("--rate", type=float, default=100, help="tokens a second of the streaming answer")
     parser.add_argument("--lines", type=int, default=2000, help="of the answer")
@@ -142,6 +144,8 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=150)
+    parser.add_argument("--format", default="native", help="of the demo model, for paint")
+    parser.add_argument("--size", default="160x50", help="of the terminal, for paint")
     given = parser.parse_args()
     found: dict[str, object]
     if given.what == "child":
@@ -153,6 +157,9 @@ def main() -> None:
             "lines": given.lines, "messages": given.messages, "tokens_per_s": given.rate, "keystrokes": len(times),
             "median_ms": statistics.median(times), "p95_ms": share(times, 0.95), "most_ms": times[-1],
         }  # fmt: skip
+    elif given.what == "paint":
+        width, height = (int(part) for part in given.size.split("x"))
+        found = painting.measure(given.rounds, given.tokens, given.format, (width, height))
     else:
         speeds = measure_cost(given.rounds, given.tokens)
         plain, full = (statistics.median(speeds[name]) for name in ("plain", "full screen"))

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import html
+import os
 import re
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 from textual.pilot import Pilot
 
@@ -68,22 +71,44 @@ async def tune(app: ChatApp, pilot: Pilot[int]) -> None:
     await until(pilot, lambda: "Change to lfu" in screen_text(app))
 
 
-SCENES: dict[str, Scene] = {"chat": chat, "map": experts, "drawer": drawer, "models": models, "tune": tune}
-PICTURES = ("chat", "map")
+SCENES: dict[str, Scene] = {
+    "chat": chat,
+    "map": experts,
+    "map-ansi": experts,
+    "map-letters": experts,
+    "drawer": drawer,
+    "models": models,
+    "tune": tune,
+}
+PICTURES = ("chat", "map", "map-ansi")
 """The scenes that are kept as pictures, too."""
+THEMES = {"map-ansi": "ansi-dark"}
+"""Of the scenes that are not dark."""
+_COLORLESS = ("map-letters",)
+
+
+@contextmanager
+def terminal_of(scene: str) -> Iterator[None]:
+    """The screens do not depend on the terminal that this runs in."""
+    with patch.dict(os.environ, {"COLORTERM": "truecolor"}):
+        os.environ.pop("NO_COLOR", None)
+        if scene in _COLORLESS:
+            os.environ["NO_COLOR"] = "1"
+        yield
 
 
 async def take(scene: str, size: tuple[int, int], folder: Path) -> tuple[str, str]:
     """(the picture as SVG, the text) of a scene."""
     host = host_of(Answer(_ANSWER, thoughts=1), Answer(("It goes", " on"), waits=True))
-    app = make_app(folder, host, look=LookSettings("dark"))
-    async with running(app, size) as pilot:
-        app.prompt.cursor_blink = False
-        await SCENES[scene](app, pilot)
-        await pilot.pause(0.2)
-        app.show_figures()
-        await pilot.pause(0.1)
-        return steady(app.export_screenshot(title="run-local")), screen_text(app) + "\n"
+    with terminal_of(scene):
+        app = make_app(folder, host, look=LookSettings(THEMES.get(scene, "dark")))
+        async with running(app, size) as pilot:
+            app.prompt.cursor_blink = False
+            await SCENES[scene](app, pilot)
+            await pilot.pause(0.2)
+            app.show_figures()
+            await pilot.pause(0.1)
+            return steady(app.export_screenshot(title="run-local")), screen_text(app) + "\n"
 
 
 def steady(svg: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections import deque
 from collections.abc import Iterable
@@ -92,7 +93,8 @@ class ChatApp(CrashCatcher):
         history: Path | None = None,
         copies: Path | None = None,
     ) -> None:
-        super().__init__()
+        # told later that there are no colours, Textual would make all of them grey instead
+        super().__init__(ansi_color=True if "NO_COLOR" in os.environ else None)
         self.look_settings = look or LookSettings()
         self.host = host
         self.settings = settings

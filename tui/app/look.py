@@ -45,7 +45,9 @@ _NAMES = {"dark": DARK.name, "light": LIGHT.name, "ansi-dark": "ansi-dark", "ans
 
 
 def theme_name(setting: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Textual's name of a theme of :data:`tui.settings.THEMES`. Automatic: light where the terminal says it is.
+    """Textual's name of a theme of :data:`tui.settings.THEMES`. Automatic: light where the terminal says it is, and the
+    terminal's own colours where it has but sixteen. They also stand in for any theme under ``NO_COLOR``: Textual
+    turns all others to greys, which are colours, too.
 
     ``COLORFGBG`` is what some terminals say: foreground;background, with 7 and 15 for white.
     """
@@ -53,7 +55,25 @@ def theme_name(setting: str, environ: Mapping[str, str] = os.environ) -> str:
     if setting == "auto":
         light = environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
         setting = "light" if light else "dark"
+        if has_few_colors(environ):
+            setting = f"ansi-{setting}"
+    if "NO_COLOR" in environ and not setting.startswith("ansi-"):
+        setting = f"ansi-{setting}"
     return _NAMES[setting]
+
+
+def has_few_colors(environ: Mapping[str, str]) -> bool:
+    """Whether the terminal has sixteen colours at most, by what rich goes by."""
+    many = environ.get("COLORTERM", "").strip().lower() in ("truecolor", "24bit")
+    return not many and not environ.get("TERM", "").lower().endswith(("-256color", "kitty"))
+
+
+_COLOR = "color:"
+
+
+def color_name(color: str) -> str:
+    """The name of the style that is nothing but this colour."""
+    return _COLOR + color
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +90,9 @@ class Look:
     code_theme: str
 
     def named(self, name: str) -> Style:
-        """The style of a piece of :mod:`tui.panel`, or of a colour ``#rrggbb``."""
-        if name.startswith("#"):
-            return self.base + Style(color=name)
+        """The style of a piece of :mod:`tui.panel`, or of what :func:`color_name` gives."""
+        if name.startswith(_COLOR):
+            return self.base + Style(color=name.removeprefix(_COLOR))
         styles = {
             "": self.base,
             "dim": self.dim,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 from rich.segment import Segment
-from rich.style import Style
 from textual import events
 from textual.binding import Binding
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.reactive import reactive
 from textual.strip import Strip
 from textual.widget import Widget
 
 from offload.events import CacheSnapshot
-from tui.app.look import Look
+from tui.app.look import Look, color_name
+from tui.app.map_colors import Palette, half_blocks, palette
 from tui.expert_map import GLYPHS, Cell, Grid, describe, make_grid
 from tui.panel import Line
 
@@ -40,10 +41,11 @@ class ExpertMap(Widget, can_focus=True):
         self._snapshot: CacheSnapshot | None = None
         self._score: Score = lambda layer, expert: None
         self._grid: Grid | None = None
+        self._strips: list[Strip] = []
 
     @property
     def glyphs(self) -> bool:
-        """Whether it draws letters: without colours, or with the sixteen that every terminal has its own of."""
+        """Whether it draws letters: without colours."""
         return self.app.no_color
 
     @property
@@ -77,12 +79,12 @@ class ExpertMap(Widget, can_focus=True):
         return [
             piece
             for cell, text in meanings.items()
-            for piece in (("■ ", self._cell_color(cell, 1.0)), (f"{text}  ", ""))
+            for piece in (("■ ", color_name(self._palette.color(cell, 1.0))), (f"{text}  ", ""))
         ]
 
     def set_look(self, look: Look) -> None:
         self._look = look
-        self.refresh()
+        self._paint()
 
     def show(self, snapshot: CacheSnapshot, score: Score) -> None:
         """Show a new state; ``score`` is asked for the expert under the cursor."""
@@ -107,50 +109,80 @@ class ExpertMap(Widget, can_focus=True):
         grid, snapshot = self._grid, self._snapshot
         if grid is None or snapshot is None:
             return
-        per_line = 1 if self.glyphs else 2
-        row, column = event.y * per_line, event.x // self._stretch(grid)
+        row, column = event.y * self._per_line, event.x // self._stretch(grid)
         if row < len(grid.cells) and column < len(grid.cells[0]):
             self.cursor = (row * grid.layers_each, column * grid.experts_each)
 
     def watch_cursor(self) -> None:
-        self.refresh()
+        self._paint()
 
     def render_line(self, y: int) -> Strip:
-        grid, width, base = self._grid, self.size.width, self._look.base
-        per_line = 1 if self.glyphs else 2
-        rows = -(-len(grid.cells) // per_line) if grid is not None else 0
-        if (line := y - min(rows, self.size.height - self._details_lines)) >= 0:
-            lines = fold(self.details, width)
-            text = lines[line] if line < len(lines) else ""
-            return Strip([Segment(text[:width], base + self._look.dim)]).adjust_cell_length(width, base)
-        if grid is None:
-            return Strip.blank(width, base)
-        stretch = self._stretch(grid)
-        if self.glyphs:
-            if y >= len(grid.cells):
-                return Strip.blank(width, base)
-            text = "".join(GLYPHS[cell] * stretch for cell in grid.cells[y])
-            return Strip([Segment(text, base)]).adjust_cell_length(width, base)
-        top, bottom = 2 * y, 2 * y + 1
-        if top >= len(grid.cells):
-            return Strip.blank(width, base)
-        segments = []
-        for column in range(len(grid.cells[top])):
-            upper = self._color(grid, top, column)
-            lower = self._color(grid, bottom, column) if bottom < len(grid.cells) else None
-            style = Style(color=upper, bgcolor=lower) if lower else Style(color=upper, bgcolor=self._back())
-            segments.append(Segment("▀" * stretch, style))
-        return Strip(segments).simplify().adjust_cell_length(width, base)
+        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width, self._look.base)
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         return 10
 
     def _make(self) -> None:
-        if self._snapshot is None or self.size.width < 1:
+        width, height = self.size
+        if self._snapshot is None or width < 1:
             return
-        lines = max(1, self.size.height - self._details_lines)
-        self._grid = make_grid(self._snapshot, lines * (1 if self.glyphs else 2), self.size.width)
-        self.refresh()
+        lines = max(1, height - self._details_lines)
+        self._grid = make_grid(self._snapshot, lines * self._per_line, width)
+        self._paint()
+
+    def _paint(self) -> None:
+        """Draw all lines, and have those repainted that differ: few change with a token, of a large map."""
+        width, height = self.size
+        before, self._strips = self._strips, self._draw(width, height)
+        changed = [y for y, strip in enumerate(self._strips) if y >= len(before) or strip != before[y]]
+        if len(before) != len(self._strips):
+            self.refresh()
+        elif changed:
+            self.refresh(*(Region(0, y, width, 1) for y in changed))
+
+    def _draw(self, width: int, height: int) -> list[Strip]:
+        """The grid from the top, and the details below it."""
+        grid, base = self._grid, self._look.base
+        room = max(0, height - self._details_lines)
+        strips = []
+        if grid is not None:
+            columns = len(grid.cells[0]) if grid.cells else 1
+            stretch = self._stretch(grid)
+            colors = None if self.glyphs else self._colors(grid)
+            for top in range(0, min(len(grid.cells), room * self._per_line), self._per_line):
+                if colors is None:
+                    row = [Segment("".join(GLYPHS[cell] * stretch for cell in grid.cells[top]), base)]
+                else:
+                    under = colors[top + 1] if top + 1 < len(colors) else (self._back(),) * columns
+                    pairs = groupby(zip(colors[top], under, strict=True))
+                    row = [Segment("▀" * stretch * len(list(some)), half_blocks(*pair)) for pair, some in pairs]
+                strips.append(Strip(row).adjust_cell_length(width, base))
+        texts = fold(self.details, width)[: self._details_lines]
+        strips += [Strip([Segment(t[:width], base + self._look.dim)]).adjust_cell_length(width, base) for t in texts]
+        return strips + [Strip.blank(width, base)] * (height - len(strips))
+
+    def _colors(self, grid: Grid) -> list[list[str]]:
+        """[row][column]."""
+        palette = self._palette
+        rows = [
+            [palette.color(cell, share) for cell, share in zip(cells, shares, strict=True)]
+            for cells, shares in zip(grid.cells, grid.shares, strict=True)
+        ]
+        if self.cursor is not None:
+            row, column = self.cursor[0] // grid.layers_each, self.cursor[1] // grid.experts_each
+            if row < len(rows) and column < len(rows[row]):
+                rows[row][column] = palette.cursor
+        return rows
+
+    @property
+    def _per_line(self) -> int:
+        """Rows of cells in a line of the screen."""
+        return 1 if self.glyphs else 2
+
+    @property
+    def _palette(self) -> Palette:
+        theme = self.app.current_theme
+        return palette(theme.dark, theme.ansi or self.app.console.color_system == "standard")
 
     @property
     def _details_lines(self) -> int:
@@ -165,31 +197,6 @@ class ExpertMap(Widget, can_focus=True):
     def _back(self) -> str | None:
         color = self._look.base.bgcolor
         return color.get_truecolor().hex if color is not None else None
-
-    def _color(self, grid: Grid, row: int, column: int) -> str:
-        """Its state's; of a resident cell the more of the blue, the larger its resident share."""
-        cell, share = grid.cells[row][column], grid.shares[row][column]
-        if self.cursor is not None:
-            at = (self.cursor[0] // grid.layers_each, self.cursor[1] // grid.experts_each)
-            if at == (row, column):
-                return "#ffffff" if self._dark() else "#000000"
-        return self._cell_color(cell, share)
-
-    def _cell_color(self, cell: Cell, share: float) -> str:
-        if cell is Cell.RESIDENT:
-            low, high = ((38, 48, 84), (76, 108, 196)) if self._dark() else ((206, 216, 242), (96, 128, 210))
-            return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
-        fixed = {
-            Cell.ABSENT: "#24283a" if self._dark() else "#e3e6f0",
-            Cell.HOSTED: "#4a3a66" if self._dark() else "#d9c8ee",
-            Cell.LOADING: "#e0af68",
-            Cell.HIT: "#9ece6a" if self._dark() else "#3f9c3a",
-            Cell.MISSED: "#f7768e" if self._dark() else "#d03a3a",
-        }
-        return fixed[cell]
-
-    def _dark(self) -> bool:
-        return self.app.current_theme.dark
 
 
 def fold(text: str, width: int) -> list[str]:

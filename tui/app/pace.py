@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 SHORTEST, LONGEST = 0.05, 0.5
 IDLE = 0.25
-SHARE = 0.06
+SHARE = 0.03
 """Of one core: what painting may take while tokens come."""
 FIGURES_BUSY, FIGURES_IDLE = 0.2, 1.0
 

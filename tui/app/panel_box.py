@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.strip import Strip
 from textual.widget import Widget
 
@@ -31,27 +31,22 @@ class LineBox(Widget):
         return "\n".join(line.strip.text.rstrip() for line in self._lines)
 
     def show(self, lines: Sequence[Figures]) -> None:
-        """Show these; only what differs is painted."""
+        """Show these; only what differs is rendered and painted."""
         width = self.content_size.width
-        self._shown = lines
+        before, self._shown = self._shown, lines
         if width <= 0:
+            self._lines = []
             return
-        safe = [[(printable(text), style) for text, style in line] for line in lines]
-        fresh = Renderer(self._look, width).pieces(safe)
-        grown = len(fresh) != len(self._lines)
-        changed = [y for y, line in enumerate(fresh) if y >= len(self._lines) or line.strip != self._lines[y].strip]
-        self._lines = fresh
+        grown = len(lines) != len(self._lines)
+        known = len(self._lines) if len(self._lines) == len(before) else 0
+        changed = [y for y, line in enumerate(lines) if y >= known or line != before[y]]
+        safe = [[(printable(text), style) for text, style in lines[y]] for y in changed]
+        fresh = dict(zip(changed, Renderer(self._look, width).pieces(safe), strict=True))
+        self._lines = [fresh[y] if y in fresh else self._lines[y] for y in range(len(lines))]
         if grown:
             self.refresh(layout=True)
-        else:
-            for y in changed:
-                self.refresh_line(y)
-
-    def refresh_line(self, y: int) -> None:
-        """Paint line ``y`` again."""
-        from textual.geometry import Region
-
-        self.refresh(Region(0, y, self.content_size.width, 1))
+        elif changed:
+            self.refresh(*(Region(0, y, width, 1) for y in changed))
 
     def set_look(self, look: Look) -> None:
         self._look = look

@@ -15,11 +15,12 @@ from typing import ClassVar
 from rich.cells import cell_len
 from rich.style import Style
 from textual import events
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.selection import Selection
 from textual.strip import Strip
+from textual.widget import Widget
 
 from tui.app.entries import Answer, Entry
 from tui.app.look import Look
@@ -49,6 +50,7 @@ class Transcript(ScrollView, can_focus=True):
         self._ends: list[int] = []  # of each entry: the number of lines up to its end
         self._following = True
         self._catching_up: asyncio.Task[None] | None = None
+        self._painted: dict[int, Line | None] = {}  # by row of the screen: what it shows; None is blank
 
     @property
     def renderer(self) -> Renderer:
@@ -122,9 +124,10 @@ class Transcript(ScrollView, can_focus=True):
         scroll_x, scroll_y = self.scroll_offset
         number = scroll_y + y
         width, base = self.scrollable_content_region.width, self._look.base
-        if number >= (self._ends[-1] if self._ends else 0):
+        line = self._painted[y] = self._line(number) if number < self._total else None
+        if line is None:
             return Strip.blank(width, base)
-        strip = self._line(number).strip
+        strip = line.strip
         if (selection := self.text_selection) is not None and (span := selection.get_span(number)) is not None:
             strip = _selected(strip, span, self.screen.get_component_rich_style("screen--selection"))
         return strip.crop_extend(scroll_x, scroll_x + width, base).apply_offsets(scroll_x, number)
@@ -138,7 +141,7 @@ class Transcript(ScrollView, can_focus=True):
 
     def on_click(self, event: events.Click) -> None:
         number = self.scroll_offset.y + event.get_content_offset_capture(self).y
-        if not 0 <= number < (self._ends[-1] if self._ends else 0):
+        if not 0 <= number < self._total:
             return
         entry = self.entries[bisect_right(self._ends, number)]
         act = self._line(number).act
@@ -153,6 +156,11 @@ class Transcript(ScrollView, can_focus=True):
 
     # inside
 
+    @property
+    def _total(self) -> int:
+        """How many lines there are."""
+        return self._ends[-1] if self._ends else 0
+
     def _line(self, number: int) -> Line:
         index = bisect_right(self._ends, number)
         entry = self.entries[index]
@@ -162,17 +170,40 @@ class Transcript(ScrollView, can_focus=True):
         """Add up the lines from entry ``start`` on, and show what changed."""
         following = self._following
         del self._ends[start:]
-        total = self._ends[-1] if self._ends else 0
+        total = self._total
         for entry in self.entries[start:]:
             total += len(entry.lines)
             self._ends.append(total)
         if self.virtual_size.height != total:
-            self.virtual_size = Size(self.scrollable_content_region.width, total)
+            self._set_height(total)
         if following:
             self._following = True
             self.scroll_to(y=self.max_scroll_y, animate=False, immediate=True, force=True)
             self._following = True
-        self.refresh()
+        self._paint_changed()
+
+    def _set_height(self, total: int) -> None:
+        """Set how much there is to scroll. A layout of the whole screen takes long and is spared where nothing but the
+        scroll bar changes."""
+        size = Size(self.scrollable_content_region.width, total)
+        room = self.scrollable_content_region.height
+        if self.show_vertical_scrollbar and min(self.virtual_size.height, total) > room > 0:
+            self.set_reactive(Widget.virtual_size, size)
+            self.vertical_scrollbar.window_virtual_size = total
+        else:
+            self.virtual_size = size
+
+    def _paint_changed(self) -> None:
+        """Paint the rows of the screen that no longer show what they should."""
+        width, height = self.scrollable_content_region.size
+        first = self.scroll_offset.y
+        changed = []
+        for y in range(height):
+            line = self._line(first + y) if first + y < self._total else None
+            if y not in self._painted or not _same(line, self._painted[y]):
+                changed.append(Region(0, y, width, 1))
+        if changed:
+            self.refresh(*changed)
 
     def _spoil(self) -> None:
         for entry in self.entries:
@@ -200,6 +231,10 @@ class Transcript(ScrollView, can_focus=True):
             elif dirty in self.entries:
                 self._measure(self.entries.index(dirty))
         self._measure(0)
+
+
+def _same(line: Line | None, other: Line | None) -> bool:
+    return line is other or (line is not None and other is not None and line.strip == other.strip)
 
 
 def _selected(strip: Strip, span: tuple[int, int], style: Style) -> Strip:
