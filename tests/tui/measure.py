@@ -2,8 +2,9 @@
 
 ``python -m tests.tui.measure echo``: milliseconds from a keystroke to its echo while an answer streams, with 200
 messages on the screen and an answer of 2,000 lines. ``python -m tests.tui.measure cost``: decoding speed of the demo
-model in the full-screen chat against the plain one, in turns. ``python -m tests.tui.measure paint``: what painting alone
-costs, painted and not painted windows of one answer in turns, with the processor time of both threads. All print JSON.
+model in the full-screen chat against the plain one, in turns. ``python -m tests.tui.measure paint``: what painting
+alone costs, painted and not painted windows of one answer in turns, with the processor time of both threads. All print
+JSON.
 """
 
 from __future__ import annotations

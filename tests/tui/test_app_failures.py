@@ -71,6 +71,69 @@ def test_a_prompt_too_long_drops_the_oldest_turns(tmp_path: Path) -> None:
     go(test())
 
 
+def loading_host() -> tuple[FakeHost, threading.Event]:
+    """A host that opens models when the event is set."""
+    release = threading.Event()
+    return FakeHost(script=lambda tell: (release.wait(20), None)[1]), release
+
+
+@pytest.mark.parametrize("size", [(120, 40), (40, 10)], ids=str)
+def test_what_is_typed_while_a_model_loads_is_kept(size: tuple[int, int], tmp_path: Path) -> None:
+    host, release = loading_host()
+
+    async def test() -> None:
+        app = make_app(tmp_path, host)
+        async with running(app, size, loaded=False) as pilot:
+            await until(pilot, lambda: isinstance(app.screen, LoadScreen))
+            await pilot.press(*"helo", "left", "l")
+            await until(pilot, lambda: "hello" in screen_text(app))
+            release.set()
+            await until(pilot, lambda: app.engine is not None and len(app.screen_stack) == 1)
+            await pilot.press("y")
+            assert app.prompt.text == "hellyo"
+            assert not engine_of(app).prompts
+
+    go(test())
+
+
+def test_what_is_sent_while_a_model_loads_is_sent_when_it_is_there(tmp_path: Path) -> None:
+    host, release = loading_host()
+
+    async def test() -> None:
+        app = make_app(tmp_path, host)
+        async with running(app, loaded=False) as pilot:
+            await until(pilot, lambda: isinstance(app.screen, LoadScreen))
+            await pilot.press(*"hi", "enter")
+            await until(pilot, lambda: "sent as soon as the model is there" in screen_text(app))
+            await pilot.press("!")  # changed his mind: it is to be sent again
+            await until(pilot, lambda: "sent as soon" not in screen_text(app))
+            await pilot.press("ctrl+j", "x", "enter")
+            release.set()
+            await until(pilot, lambda: app.engine is not None and bool(engine_of(app).prompts) and not app.busy)
+            assert engine_of(app).prompts == [[{"role": "user", "content": "hi!\nx"}]]
+            assert app.prompt.text == ""
+
+    go(test())
+
+
+def test_what_was_sent_to_a_model_that_never_came_is_in_the_prompt(tmp_path: Path) -> None:
+    host, release = loading_host()
+
+    async def test() -> None:
+        app = make_app(tmp_path, host)
+        async with running(app, loaded=False) as pilot:
+            await until(pilot, lambda: isinstance(app.screen, LoadScreen))
+            await pilot.press(*"hi", "enter", "escape")
+            release.set()
+            await until(pilot, lambda: len(app.screen_stack) == 1)
+            assert app.prompt.text == "hi" and not app.busy
+            await enter(pilot, "/model demo")
+            await until(pilot, lambda: app.engine is not None and len(app.screen_stack) == 1)
+            assert not engine_of(app).prompts
+
+    go(test())
+
+
 def test_loading_shows_the_plan_and_progress_and_can_be_cancelled(tmp_path: Path) -> None:
     release, waiting = threading.Event(), threading.Event()
 

@@ -112,7 +112,7 @@ class ChatApp(CrashCatcher):
         self.worker = EngineWorker(host, self._deliver)
         self.tuner = Tuner(self._deliver)
         self.panel_wanted: bool | None = None if self.look_settings.panel else False
-        self._history = PromptHistory(history)
+        self.history = PromptHistory(history)
         self._news: deque[News | TuneNews] = deque()
         self._pace = Pace()
         self.register_theme(DARK)
@@ -152,7 +152,7 @@ class ChatApp(CrashCatcher):
             with Vertical(id="talk"):
                 yield Transcript(look, id="transcript")
                 yield LineBox(look, id="status")
-                yield PromptBox(self._history, self.look_settings.keys, id="prompt")
+                yield PromptBox(self.history, self.look_settings.keys, id="prompt")
             yield Drawer(look, id="drawer")
             yield Sidebar(look, id="side")
         yield Footer(show_command_palette=False, compact=True)

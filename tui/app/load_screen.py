@@ -1,4 +1,4 @@
-"""What is seen while a model is opened: the plan, every step with its progress, and how to give it up."""
+"""What is seen while a model is opened: the plan, every step with its progress, how to give it up, and a prompt."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
+from textual.widgets import TextArea
 
 from offload.config import format_size
 from offload.events import LoadProgress, Notice, Planned
 from tui.app.look import Look
 from tui.app.panel_box import LineBox
+from tui.app.prompt_box import PromptBox
 from tui.panel import Line, bar
 
 _BAR = 24
@@ -23,8 +26,9 @@ _LABEL = 26
 
 @dataclass(slots=True)
 class Stage:
-    """A step: what was done of it, since when and until when."""
+    """A step: what is done of it, and of that what was done before (``first``); since when, and until when."""
 
+    first: int
     done: int
     total: int
     unit: str
@@ -35,26 +39,42 @@ class Stage:
     def complete(self) -> bool:
         return 0 < self.total <= self.done
 
+    def rate(self) -> float | None:
+        """What is done in a second; None until there is something to go by."""
+        passed, new = self.now - self.began, self.done - self.first
+        return new / passed if passed >= 1 and new > 0 else None
+
     def remaining(self) -> float | None:
         """Seconds, if the rate so far goes on."""
-        passed = self.now - self.began
-        if self.complete or not self.done or not self.total or passed < 1:
+        rate = self.rate()
+        if self.complete or not rate or not self.total:
             return None
-        return passed * (self.total - self.done) / self.done
+        return (self.total - self.done) / rate
 
 
 class LoadScreen(ModalScreen[None]):
-    """Fed with :meth:`tell`; goes away when the app pops it. Escape cancels, or closes it after a failure."""
+    """Fed with :meth:`tell`; goes away when the app pops it. Escape cancels, or closes it after a failure.
+
+    What is typed meanwhile goes into ``prompt``; ``ready`` says that it was sent, and shall be when the model is there.
+    """
 
     DEFAULT_CSS = """
     LoadScreen { align: center middle; }
-    LoadScreen > VerticalScroll { width: 92%; max-width: 100; height: auto; max-height: 90%; border: round $primary;
+    LoadScreen > VerticalScroll { width: 92%; max-width: 100; height: auto; max-height: 75%; border: round $primary;
         padding: 0 2; background: $background; }
+    LoadScreen > PromptBox { width: 92%; max-width: 100; max-height: 5; }
     """
-    BINDINGS = [Binding("escape,ctrl+c", "give_up", "cancel")]  # noqa: RUF012 - as Textual wants it
+    BINDINGS = [  # noqa: RUF012 - as Textual wants it
+        Binding("escape,ctrl+c", "give_up", "cancel", priority=True)
+    ]
+    AUTO_FOCUS = "PromptBox"
 
-    def __init__(self, model: str, look: Look, cancel: Callable[[], None], leave: Callable[[], None]) -> None:
+    def __init__(
+        self, model: str, look: Look, prompt: PromptBox, cancel: Callable[[], None], leave: Callable[[], None]
+    ) -> None:
         super().__init__()
+        self.prompt = prompt
+        self.ready = False
         self._model = model
         self._look = look
         self._cancel = cancel
@@ -69,8 +89,11 @@ class LoadScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with VerticalScroll():
             yield LineBox(self._look, id="loading")
+        yield self.prompt
 
     def on_mount(self) -> None:
+        self.prompt.placeholder = "type a question meanwhile"
+        self.prompt.move_cursor(self.prompt.document.end)
         self.set_interval(0.2, self.repaint)
         self.call_after_refresh(self.repaint)
 
@@ -82,7 +105,7 @@ class LoadScreen(ModalScreen[None]):
         elif isinstance(event, Notice):
             self._notices.append(event.text)
         else:
-            stage = self._stages.setdefault(event.stage, Stage(0, 0, event.unit, now, now))
+            stage = self._stages.setdefault(event.stage, Stage(event.done, 0, 0, event.unit, now, now))
             stage.done, stage.total, stage.now = event.done, event.total, now
 
     def fail(self, problem: str) -> None:
@@ -97,6 +120,17 @@ class LoadScreen(ModalScreen[None]):
             self._cancelling = True
             self._cancel()
             self.repaint()
+
+    @on(PromptBox.Sent)
+    def _sent(self, event: PromptBox.Sent) -> None:
+        event.stop()
+        self.ready = self._problem is None and not self._cancelling
+        self.prompt.border_subtitle = "sent as soon as the model is there" if self.ready else "no model to send it to"
+
+    @on(TextArea.Changed)
+    def _typed(self) -> None:
+        self.ready = False
+        self.prompt.border_subtitle = ""
 
     def repaint(self) -> None:
         for box in self.query("#loading").results(LineBox):  # none while the screen comes or goes
@@ -138,9 +172,8 @@ def stage_line(name: str, stage: Stage, width: int) -> Line:
     show = format_size if stage.unit == "bytes" else str
     share = stage.done / stage.total if stage.total else 0.0
     text = f"{show(stage.done)} of {show(stage.total)}" if stage.total else show(stage.done)
-    passed = stage.now - stage.began
-    if stage.unit == "bytes" and passed > 0.5 and not stage.complete:
-        text += f", {format_size(stage.done / passed)}/s"
+    if stage.unit == "bytes" and not stage.complete and (rate := stage.rate()) is not None:
+        text += f", {format_size(rate)}/s"
     if (left := stage.remaining()) is not None:
         text += f", {left:.0f} s left"
     mark = "✓ " if stage.complete else "  "

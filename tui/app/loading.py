@@ -10,6 +10,7 @@ from offload.errors import UsageError
 from offload.events import Planned
 from offload.protocol import ModelChoice
 from tui.app.load_screen import LoadScreen
+from tui.app.prompt_box import PromptBox
 from tui.app.screens import Item, ListScreen
 from tui.worker import Loading, NotOpened, Opened
 
@@ -21,14 +22,24 @@ def open_model(app: ChatApp, settings: EngineSettings) -> None:
     """Load a model, seen on a screen of its own; the one before is closed first."""
     app.engine = None
     app.snapshot = app.plan = None
-    screen = LoadScreen(settings.model, app.look, app.worker.cancel_open, lambda: close_screen(app))
+    prompt = PromptBox(app.history, app.look_settings.keys)
+    prompt.text = app.prompt.text
+    app.prompt.clear()
+    screen = LoadScreen(settings.model, app.look, prompt, app.worker.cancel_open, lambda: close_screen(app))
     app.push_screen(screen)
     app.worker.open(settings)
 
 
 def close_screen(app: ChatApp) -> None:
-    if isinstance(app.screen, LoadScreen):
+    """What was typed on it goes to the chat's prompt, and is sent there if it was sent here."""
+    screen = app.screen
+    if isinstance(screen, LoadScreen):
+        typed, place = screen.prompt.text, screen.prompt.cursor_location
         app.pop_screen()
+        app.prompt.text = typed
+        app.prompt.move_cursor(place)
+        if screen.ready and app.engine is not None:
+            app.prompt.send()
     app.prompt.focus()
 
 

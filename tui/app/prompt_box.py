@@ -85,7 +85,7 @@ class PromptBox(TextArea):
         event.stop()
         event.prevent_default()
         steps = {
-            "send": self._send,
+            "send": self.send,
             "newline": lambda: self.insert("\n"),
             "older": lambda: self._browse(1),
             "newer": lambda: self._browse(-1),
@@ -112,7 +112,8 @@ class PromptBox(TextArea):
         result = self.replace(text, *self.selection, maintain_selection_offset=False)
         self.move_cursor(result.end_location)
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Pass on what is typed, if anything is; whoever takes it empties the box."""
         if self.text.strip():
             self.post_message(self.Sent(self.text))
 

@@ -66,7 +66,7 @@ class TuneScreen(ModalScreen[None]):
     def tell(self, event: LoadProgress, now: float) -> None:
         """Some of the replays are done, at the time ``now``."""
         if self._stage is None:
-            self._stage = Stage(0, 0, event.unit, now, now)
+            self._stage = Stage(0, 0, 0, event.unit, now, now)
         self._stage.done, self._stage.total, self._stage.now = event.done, event.total, now
         self._repaint()
 
