@@ -6,7 +6,6 @@ from offload.checkpoint.library import OnEvent
 from offload.checkpoint.source import CheckpointSource
 from offload.config import EngineSettings
 from offload.events import Notice
-from offload.model.modalities import other_modalities
 
 
 def say_what_is_run(settings: EngineSettings, name: str, source: CheckpointSource, on_event: OnEvent) -> None:
@@ -17,8 +16,8 @@ def say_what_is_run(settings: EngineSettings, name: str, source: CheckpointSourc
 
 def _say_left_out(name: str, source: CheckpointSource, on_event: OnEvent) -> None:
     """What of a multimodal checkpoint is not run."""
-    if parts := other_modalities(source.config):
-        what = " and ".join(parts)
+    if source.left_out:
+        what = " and ".join(source.left_out)
         on_event(
             Notice(f"{name} is run as a text model: its {what} part is left out, neither loaded nor packed nor counted")
         )

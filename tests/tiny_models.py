@@ -263,7 +263,8 @@ def build_tiny(
     With ``tokenizer`` a byte-level tokenizer of exactly ``VOCAB_SIZE`` tokens with a chat template is written too.
     """
     config = tiny_config(model_type, sizes)
-    auto = AutoModelForImageTextToText if model_type in _WHOLE else AutoModelForCausalLM
+    elsewhere = model_type in _WHOLE or model_type == "mistral4"  # which transformers files under those with images
+    auto = AutoModelForImageTextToText if elsewhere else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(config, dtype=dtype, experts_implementation="eager").eval()

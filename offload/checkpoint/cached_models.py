@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from offload.checkpoint.model_folder import config_path
+
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -30,8 +32,8 @@ def cached_models(folder: Path | None = None) -> list[tuple[str, int]]:
 
 
 def has_experts(config: dict[str, Any]) -> bool:
-    """Whether a config.json is that of a model with several routed experts, at its top or in its text part."""
-    for part in (config, config.get("text_config")):
+    """Whether a config is that of a model with several routed experts, in any of its parts."""
+    for part in (config, config.get("text_config"), config.get("moe")):
         if isinstance(part, dict):
             for name in _EXPERT_COUNTS:
                 count = part.get(name)
@@ -41,12 +43,12 @@ def has_experts(config: dict[str, Any]) -> bool:
 
 
 def _is_whole(snapshot: Path) -> bool:
-    return (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors"))
+    return config_path(snapshot).exists() and any(snapshot.glob("*.safetensors"))
 
 
 def _config(snapshot: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        config = json.loads((snapshot / "config.json").read_text("utf-8"))
+        config = json.loads(config_path(snapshot).read_text("utf-8"))
         if isinstance(config, dict):
             return config
     return {}

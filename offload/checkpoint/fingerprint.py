@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from offload.checkpoint.gguf_file import gguf_files
-from offload.checkpoint.model_folder import side_folder
+from offload.checkpoint.model_folder import config_path, side_folder
 
 _SAMPLES = 16  # a file; more would be slow on a hard disk
 _SAMPLE = 4096
@@ -19,7 +19,7 @@ def checkpoint_fingerprint(folder: Path) -> str:
     Samples spread evenly over each file, its end included, tell a retrained checkpoint from the original; times and
     paths do not count, so a copied or moved checkpoint keeps its pack.
     """
-    config = side_folder(folder) / "config.json"
+    config = config_path(side_folder(folder))
     digest = hashlib.sha256(config.read_bytes() if config.exists() else b"")
     safetensors = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     for file in safetensors or gguf_files(folder):

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.checkpoint.hub_transfer import explain, fetch
-from offload.checkpoint.model_folder import INDEX_FILE, check_model_folder, no_safetensors_message, shard_names
+from offload.checkpoint.model_folder import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MISTRAL_CONFIG,
+    MISTRAL_INDEX_FILE,
+    are_mistrals,
+    check_model_folder,
+    choose_weights,
+    no_safetensors_message,
+    shard_names,
+)
 from offload.config import format_size
 from offload.errors import ModelError, UsageError
 from offload.events import LoadProgress, Notice
@@ -27,9 +37,11 @@ if TYPE_CHECKING:
 OnEvent = Callable[[LoadProgress | Notice], None]
 
 _SMALL_FILES = (
-    "config.json",
+    CONFIG_FILE,
     "generation_config.json",
     INDEX_FILE,
+    MISTRAL_CONFIG,
+    MISTRAL_INDEX_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -107,15 +119,6 @@ def choose_files(names: Iterable[str], shards: Iterable[str] | None) -> tuple[st
     return tuple(sorted({name for name in small if "/" not in name} | set(shards or ())))
 
 
-def choose_weights(names: Iterable[str]) -> tuple[str, ...]:
-    """The weight files of a repository without an index: one file, else all that do not repeat the weights."""
-    found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    if "model.safetensors" in found:
-        return ("model.safetensors",)
-    # Some vendors publish the same weights a second time in their own layout.
-    return tuple(sorted(name for name in found if not name.startswith("consolidated"))) or tuple(sorted(found))
-
-
 def _is_path(model: str) -> bool:
     return (
         model.startswith(("/", "./", "../", "~"))
@@ -140,8 +143,8 @@ def _from_hub(name: str, revision: str | None, on_event: OnEvent, weights: bool)
         return cached
 
     files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    if "config.json" not in files:
-        raise ModelError(f"'{name}' is not a model that can be run: it has no config.json")
+    if CONFIG_FILE not in files and MISTRAL_CONFIG not in files:
+        raise ModelError(f"'{name}' is not a model that can be run: it has no {CONFIG_FILE}")
     shards = _weight_files(name, info.sha, files) if weights else None
     wanted = choose_files(files, shards)
     total = sum(files[file].size or 0 for file in wanted)
@@ -156,16 +159,17 @@ def _from_hub(name: str, revision: str | None, on_event: OnEvent, weights: bool)
 
 def _weight_files(name: str, commit: str | None, files: dict[str, RepoSibling]) -> tuple[str, ...]:
     """The weight files to fetch. Reads the index, which is small, before anything large is asked for."""
-    if INDEX_FILE not in files:
-        found = choose_weights(files)
-        if not found:
+    chosen = choose_weights(files)
+    index_file = MISTRAL_INDEX_FILE if are_mistrals(chosen) else INDEX_FILE
+    if index_file not in files:
+        if not chosen:
             raise ModelError(no_safetensors_message(name, files))
-        return found
+        return chosen
 
     from huggingface_hub import hf_hub_download
 
     try:
-        index = hf_hub_download(name, INDEX_FILE, revision=commit)
+        index = hf_hub_download(name, index_file, revision=commit)
     except Exception as error:
         raise explain(error, name, commit) from error
     found = shard_names(Path(index))
@@ -181,7 +185,11 @@ def _from_cache(name: str, revision: str | None, weights: bool) -> ResolvedModel
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, local_files_only=True, allow_patterns=[CONFIG_FILE, MISTRAL_CONFIG]
+            )
+        )
     except LocalEntryNotFoundError:
         return None
     try:

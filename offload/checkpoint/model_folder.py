@@ -10,8 +10,10 @@ from typing import Any
 from offload.errors import ModelError
 
 CONFIG_FILE = "config.json"
-_MISTRAL_CONFIG = "params.json"
 INDEX_FILE = "model.safetensors.index.json"
+MISTRAL_CONFIG = "params.json"
+MISTRAL_INDEX_FILE = "consolidated.safetensors.index.json"
+_MISTRAL_WEIGHTS = "consolidated"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # A clone without Git LFS leaves a text of about 130 bytes in place of each large file.
 _LFS_POINTER_START = b"version http"
@@ -29,14 +31,43 @@ def check_model_folder(folder: Path, weights: bool = True) -> None:
         raise ModelError(f"--model: '{folder}' is not a folder; give the folder that holds {CONFIG_FILE}")
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
         return
-    if (folder / _MISTRAL_CONFIG).exists() and not (folder / CONFIG_FILE).exists():
-        raise ModelError(
-            f"'{folder}' is in Mistral's own layout ({_MISTRAL_CONFIG}, consolidated weights), which is not read; take "
-            f"the model in transformers' layout, with {CONFIG_FILE}"
-        )
-    read_json_object(folder / CONFIG_FILE)
+    read_json_object(config_path(folder))
     if weights:
         _check_weights(folder)
+
+
+def has_mistral_layout(folder: Path) -> bool:
+    """Whether the weights in a folder are in Mistral's own layout: ``params.json``, ``consolidated*.safetensors``.
+
+    Where they stand in transformers' layout, too, that one is taken.
+    """
+    if not (folder / MISTRAL_CONFIG).exists():
+        return False
+    return are_mistrals(file.name for file in folder.glob("*.safetensors")) or not (folder / CONFIG_FILE).exists()
+
+
+def are_mistrals(names: Iterable[str]) -> bool:
+    """Whether these are files of weights, all in Mistral's own layout."""
+    return {name.startswith(_MISTRAL_WEIGHTS) for name in names} == {True}
+
+
+def config_path(folder: Path) -> Path:
+    """The file that describes the model."""
+    return folder / (MISTRAL_CONFIG if has_mistral_layout(folder) else CONFIG_FILE)
+
+
+def index_path(folder: Path) -> Path:
+    """The file that says where each tensor is, if there is one."""
+    return folder / (MISTRAL_INDEX_FILE if has_mistral_layout(folder) else INDEX_FILE)
+
+
+def choose_weights(names: Iterable[str]) -> tuple[str, ...]:
+    """The weight files of a model without an index: one file, else all that do not repeat the weights."""
+    found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if "model.safetensors" in found:
+        return ("model.safetensors",)
+    # Some vendors publish the same weights a second time in their own layout.
+    return tuple(sorted(name for name in found if not name.startswith(_MISTRAL_WEIGHTS))) or tuple(sorted(found))
 
 
 def side_folder(path: Path) -> Path:
@@ -85,10 +116,11 @@ def no_safetensors_message(name: str, files: Iterable[str]) -> str:
 
 
 def _check_weights(folder: Path) -> None:
-    if (folder / INDEX_FILE).exists():
-        names = shard_names(folder / INDEX_FILE)
+    index = index_path(folder)
+    if index.exists():
+        names = shard_names(index)
     else:
-        names = tuple(sorted(path.name for path in folder.glob("*.safetensors")))
+        names = choose_weights(path.name for path in folder.glob("*.safetensors"))
         if not names:
             raise ModelError(no_safetensors_message(str(folder), (path.name for path in folder.iterdir())))
     missing = [name for name in names if not (folder / name).is_file()]

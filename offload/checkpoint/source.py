@@ -21,13 +21,15 @@ from offload.checkpoint.formats.method import Method
 from offload.checkpoint.formats.methods import get_method
 from offload.checkpoint.formats.packed import PackedMatrix, PackedTensor
 from offload.checkpoint.gguf_source import GgufCheckpoint, GgufMethod, open_gguf
-from offload.checkpoint.model_folder import INDEX_FILE
+from offload.checkpoint.mistral_layout import modalities_of_params, read_params, use_mistral_names
+from offload.checkpoint.model_folder import choose_weights, has_mistral_layout, index_path
 from offload.checkpoint.packed_tensors import PackedSlice, PackedTensors
 from offload.checkpoint.reading import KeepInPlace, Staging, TensorFiles
 from offload.errors import ModelError
 from offload.model import transformers_api as api
 from offload.model import transformers_weights as tw
 from offload.model.meta import build_meta_model
+from offload.model.modalities import other_modalities
 
 ReadRows = Callable[[str, slice], torch.Tensor]
 """(checkpoint tensor, rows along its first dimension) -> these rows."""
@@ -39,6 +41,7 @@ class CheckpointSource:
 
     ``files`` names the file of every tensor; ``skeleton_keys`` are the tensors that are not experts. In a quantised
     checkpoint (``method``) the tensors in ``packed`` go by the names that they would have if they were not.
+    ``left_out`` is what the checkpoint has beside its text model: ``vision``, ``audio``.
     """
 
     folder: Path
@@ -52,6 +55,7 @@ class CheckpointSource:
     packed: PackedTensors = field(default_factory=lambda: PackedTensors({}))
     method: Method | None = None
     gguf: GgufCheckpoint | None = None
+    left_out: tuple[str, ...] = ()
     _handles: dict[Path, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -257,10 +261,13 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
     api.quiet()
     if (gguf := open_gguf(folder)) is not None:
         return _open_gguf(folder, gguf)
-    config = read_config(folder)
+    own_layout = has_mistral_layout(folder)
+    config = read_params(folder) if own_layout else read_config(folder)
     files = tensor_files(folder) if weights else {}
     dtype = default_dtype(config, folder)
     model = build_meta_model(config, dtype)
+    if own_layout:
+        use_mistral_names(model)
     experts = api.find_experts(model)
     method = _method(folder, config)
     packed = PackedTensors({})
@@ -272,7 +279,10 @@ def open_source(folder: Path, *, weights: bool = True) -> CheckpointSource:
         names = packed.names(files)
         files |= {name: files[found.keys[0]] for name, found in packed.tensors.items()}
         sources, rest = tw.sort_checkpoint(model, experts, names)
-    return CheckpointSource(folder, config, dtype, model, experts, files, sources, rest, packed, method)
+    left_out = modalities_of_params(folder) if own_layout else other_modalities(config)
+    return CheckpointSource(
+        folder, config, dtype, model, experts, files, sources, rest, packed, method, left_out=left_out
+    )
 
 
 def _open_gguf(path: Path, gguf: GgufCheckpoint) -> CheckpointSource:
@@ -319,7 +329,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
     Raises ModelError for a damaged index, a missing shard, and files that the index does not match.
     """
-    index = folder / INDEX_FILE
+    index = index_path(folder)
     listed: dict[str, str] | None = None
     if index.exists():
         try:
@@ -328,16 +338,18 @@ def tensor_files(folder: Path) -> dict[str, Path]:
                 raise TypeError("a file name is no text")
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{index}: the index is damaged ({error}); download it again") from error
-    names = sorted(set(listed.values())) if listed else sorted(file.name for file in folder.glob("*.safetensors"))
+    names = (
+        sorted(set(listed.values())) if listed else choose_weights(file.name for file in folder.glob("*.safetensors"))
+    )
     if not names:
         raise ModelError(f"{folder}: there are no .safetensors files; only safetensors checkpoints are loaded")
     found: dict[str, Path] = {}
     for name in names:
         if not (folder / name).exists():
-            raise ModelError(f"{folder}: {name} is missing, though {INDEX_FILE} lists it; download it again")
+            raise ModelError(f"{folder}: {name} is missing, though {index.name} lists it; download it again")
         handle = open_safetensors(folder / name)
         found |= dict.fromkeys(handle.keys(), folder / name)
     lost = sorted(set(listed or ()) - found.keys())
     if lost:
-        raise ModelError(f"{folder}: tensor {lost[0]} is in {INDEX_FILE} but in no file; download the files again")
+        raise ModelError(f"{folder}: tensor {lost[0]} is in {index.name} but in no file; download the files again")
     return {key: found[key] for key in listed} if listed else found

@@ -63,13 +63,23 @@ def register_layout(model_type: str, experts: str, matrices: tuple[str, str, str
     """Say how checkpoints of a family of our own name their tensors: ``experts`` are separate linear layers under that
     path, whose ``matrices`` are called so (gate, up, down); of all tensors, parts of their names are ``renamed``.
     """
+    register_checkpoint_conversion_mapping(model_type, _layout(experts, matrices, renamed), overwrite=True)
+
+
+def use_layout(
+    model: PreTrainedModel, experts: str, matrices: tuple[str, str, str], renamed: Mapping[str, str]
+) -> None:
+    """As :func:`register_layout`, for the checkpoint of this model alone."""
+    model.__dict__.setdefault("run_local_conversions", []).extend(_layout(experts, matrices, renamed))
+
+
+def _layout(experts: str, matrices: tuple[str, str, str], renamed: Mapping[str, str]) -> list[Any]:
     gate, up, down = (f"{experts}.*.{name}.weight" for name in matrices)
-    mapping = [
+    return [
         *(WeightRenaming(ours, theirs) for ours, theirs in renamed.items()),
         WeightConverter([gate, up], [f"{experts}.gate_up_proj"], [MergeModulelist(dim=0), Concatenate(dim=1)]),
         WeightConverter([down], [f"{experts}.down_proj"], [MergeModulelist(dim=0)]),
     ]
-    register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
 
 
 def conversion_mapping(model: PreTrainedModel) -> list[Any]:

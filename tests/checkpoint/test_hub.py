@@ -287,6 +287,16 @@ def test_repository_that_cannot_be_run(hub: FakeHub, client: Client, files: dict
     assert not [name for name in hub.downloads() if not name.endswith(".json")]
 
 
+def test_mistrals_own_layout_alone(hub: FakeHub, client: Client) -> None:
+    """With its index; a file of weights that the index does not name is not fetched."""
+    shards = {f"consolidated-0000{number}-of-00002.safetensors": bytes([number]) * 64 for number in (1, 2)}
+    index = json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()
+    files = {"params.json": b"{}", "tekken.json": b"[]", "consolidated.safetensors.index.json": index} | shards
+    hub.repositories["org/other"] = Repository(files | {"consolidated-old.safetensors": b"x"})
+    assert client("org/other").end["name"] == "org/other"
+    assert set(hub.downloads()) == set(files)
+
+
 def test_repository_without_a_config(hub: FakeHub, client: Client) -> None:
     hub.repositories["org/other"] = Repository({"model.safetensors": b"x"})
     assert "it has no config.json" in client("org/other").error

@@ -45,9 +45,12 @@ def test_whole_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find("~/my model").folder == folder
 
 
-def test_mistrals_own_layout_is_named(folder: Path) -> None:
+def test_mistrals_own_layout(folder: Path) -> None:
     (folder / "config.json").rename(folder / "params.json")
-    with pytest.raises(ModelError, match=r"Mistral's own layout .* take the model in transformers' layout"):
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    assert find(folder).name == "my model"
+    (folder / "params.json").write_text("{")
+    with pytest.raises(ModelError, match=r"params.json is damaged"):
         find(folder)
 
 
