@@ -14,7 +14,7 @@ from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import get_format
 from offload.checkpoint.source import CheckpointSource
 from offload.compute.calibration import cpu_rates
-from offload.compute.choose import OnEvent, decoders_for_cpu, expert_compute, products_for_cpu
+from offload.compute.choose import OnEvent, expert_compute, products_for_cpu, published_for_cpu
 from offload.config import EngineSettings
 from offload.memory.storage import Storage
 from offload.memory.tiers import TieredLoads
@@ -70,7 +70,7 @@ class HostSide:
         settings, source, loads = self._settings, self._source, self._storage.loads
         assert isinstance(loads, TieredLoads)
         products = products_for_cpu(settings, on_event)
-        decoders = decoders_for_cpu(settings, source, on_event)
+        published = published_for_cpu(settings, source, on_event)
         weight_format = get_format(settings.format)
         rates = loads.miss_rates(lambda: cpu_rates(settings.format, products.kernels, on_event))
         hidden = source.config.get_text_config().hidden_size
@@ -84,7 +84,7 @@ class HostSide:
         return HostExperts(
             MissPlanner(rates),
             self._storage.device.passage(),
-            expert_compute(weight_format, products, decoders),
+            expert_compute(weight_format, products, published),
             self._modules,
             work,
             loads,

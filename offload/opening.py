@@ -25,7 +25,7 @@ from offload.checkpoint.pack import record_layout
 from offload.checkpoint.resolve import resolve
 from offload.checkpoint.source import CheckpointSource, open_source
 from offload.compute.calibration import load as load_calibration
-from offload.compute.choose import decoders_for_cpu, expert_compute, grouped_kernels, products_for_cpu
+from offload.compute.choose import expert_compute, grouped_kernels, products_for_cpu, published_for_cpu
 from offload.compute.decoded import decode_bytes
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
@@ -177,8 +177,8 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     recorder = new_recorder(settings.trace_out.parent) if settings.trace_out is not None else None
     weight_format = get_format(settings.format)
     predictor = make_prefetcher(settings.prefetch, model, modules, earlier)
-    decoders = decoders_for_cpu(settings, source, on_event) if device.unified else None
-    compute = device.experts(expert_compute(weight_format, products, decoders, grouped))
+    published = published_for_cpu(settings, source, on_event) if device.unified else None
+    compute = device.experts(expert_compute(weight_format, products, published, grouped))
     usage = ExpertUsage({module.layer: module.num_experts for module in modules})
     arena, loads = storage.arena, storage.loads
     host_side = None

@@ -11,7 +11,7 @@ from offload.compute.calibration import crossover
 from offload.compute.grouped import GroupedKernels
 from offload.compute.grouped_experts import GroupedExperts
 from offload.compute.kernels import load_kernels
-from offload.compute.kernels.published import Decoders, load_decoders
+from offload.compute.kernels.published import PublishedKernels, load_published
 from offload.compute.native_experts import NativeExperts
 from offload.compute.product import Products
 from offload.compute.quantized_experts import QuantizedExperts
@@ -26,16 +26,16 @@ OnEvent = Callable[[LoadProgress | Notice], None]
 def expert_compute(
     weight_format: WeightFormat,
     products: Products,
-    decoders: Decoders | None = None,
+    published: PublishedKernels | None = None,
     grouped: GroupedKernels | None = None,
 ) -> ExpertCompute:
     """``grouped``: the kernels of a device that has them for this format. Without them, ``products`` multiplies
-    quantised weights, and ``decoders`` are for the packed weights of a native format.
+    quantised weights, and ``published`` are for the packed weights of a native format.
     """
     if grouped is not None:
         return GroupedExperts(grouped, native=isinstance(weight_format, NativeFormat))
     if isinstance(weight_format, NativeFormat):
-        return NativeExperts(decoders)
+        return NativeExperts(published)
     return QuantizedExperts(products, gates_with_silu)
 
 
@@ -51,7 +51,7 @@ def products_for_cpu(settings: EngineSettings, on_event: OnEvent) -> Products:
     return Products(kernels, crossover(kernels, on_event))
 
 
-def decoders_for_cpu(settings: EngineSettings, source: CheckpointSource, on_event: OnEvent) -> Decoders | None:
+def published_for_cpu(settings: EngineSettings, source: CheckpointSource, on_event: OnEvent) -> PublishedKernels | None:
     """What decodes packed weights on the CPU; compiled if this machine has none yet."""
     if settings.kernels == "torch" or source.method is None or settings.format != "native":
         return None
@@ -59,7 +59,7 @@ def decoders_for_cpu(settings: EngineSettings, source: CheckpointSource, on_even
     def failed(why: str) -> None:
         on_event(Notice(f"packed weights are decoded by torch alone, several times slower: {why}"))
 
-    return load_decoders(failed)
+    return load_published(failed)
 
 
 def grouped_kernels(

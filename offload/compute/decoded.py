@@ -1,4 +1,4 @@
-"""Packed weights decoded where they are asked for, into memory that all experts share."""
+"""Packed weights: multiplied as they are with few tokens, else decoded into memory that all experts share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from offload.checkpoint.formats import Weights
 from offload.checkpoint.formats.packed import PackedMatrix, PackedParameter
-from offload.compute.kernels.published import Decoders
+from offload.compute.kernels.published import FEW_TOKENS, PublishedKernels
 
 DECODING_BYTES = 32 * 2**20
 """What decoding needs beside its result (measured: 7 to 24 MiB, most with Q6_K): a block of weights in float32, its
@@ -24,16 +24,36 @@ def decode_bytes(shapes: Iterable[tuple[int, ...]], itemsize: int) -> int:
 class Decoder:
     """For the engine thread only: a decoded parameter is good until the next is decoded.
 
-    ``decoders`` are the compiled ones; without them, and for what they do not know, torch decodes: the same bits.
+    Without ``kernels``, and for what they do not know, torch decodes: the same bits.
     """
 
-    def __init__(self, decoders: Decoders | None = None) -> None:
-        self._decoders = decoders
+    def __init__(self, kernels: PublishedKernels | None = None) -> None:
+        self._kernels = kernels
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def weights(self, weights: Weights, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+    def weights(self, weights: Weights, dtype: torch.dtype) -> DecodedWeights:
         """``weights`` of an expert, whose packed parameters are decoded to ``dtype`` whenever one is asked for."""
-        return _Decoded(self, weights, dtype)
+        return DecodedWeights(self, weights, dtype)
+
+    def product(self, parameter: PackedParameter, states: torch.Tensor, inputs_first: bool) -> torch.Tensor | None:
+        """``states`` [tokens, inputs] times all of ``parameter``, by the kernels; None: that is not for them.
+
+        ``inputs_first``: the parameter is [inputs, outputs] in the model, else [outputs, inputs].
+        """
+        pieces = [piece for piece in parameter.pieces if isinstance(piece, PackedMatrix)]
+        if self._kernels is None or len(states) > FEW_TOKENS or len(pieces) < len(parameter.pieces):
+            return None
+        if inputs_first and len(pieces) > 1:  # one below the other, they are inputs
+            return None
+        for piece in pieces:
+            if piece.layout.transposed != inputs_first or not self._kernels.takes(piece, states.dtype):
+                return None
+        widths = [piece.layout.shape[int(inputs_first)] for piece in pieces]
+        output = states.new_empty(len(states), sum(widths))
+        states = states.contiguous()
+        for piece, part in zip(pieces, output.split(widths, dim=1), strict=True):
+            self._kernels.linear(piece, states, part)
+        return output
 
     def decode(self, parameter: PackedParameter, dtype: torch.dtype) -> torch.Tensor:
         size, device = math.prod(parameter.shape) * dtype.itemsize, parameter.device
@@ -43,11 +63,11 @@ class Decoder:
         return parameter.decode(self._buffer[:size].view(dtype).view(parameter.shape), self._matrix)
 
     def _matrix(self, matrix: PackedMatrix, out: torch.Tensor) -> None:
-        if self._decoders is None or not self._decoders.decode(matrix, out):
+        if self._kernels is None or not self._kernels.decode(matrix, out):
             matrix.layout.decode(matrix.parts, out)
 
 
-class _Decoded(Mapping[str, torch.Tensor]):
+class DecodedWeights(Mapping[str, torch.Tensor]):
     def __init__(self, decoder: Decoder, weights: Weights, dtype: torch.dtype) -> None:
         self._decoder = decoder
         self._weights = weights
@@ -59,6 +79,11 @@ class _Decoded(Mapping[str, torch.Tensor]):
             return self._decoder.decode(weight, self._dtype)
         assert isinstance(weight, torch.Tensor)
         return weight
+
+    def product(self, name: str, states: torch.Tensor, inputs_first: bool) -> torch.Tensor | None:
+        """As :meth:`Decoder.product`; None also for a parameter that is not packed."""
+        weight = self._weights[name]
+        return self._decoder.product(weight, states, inputs_first) if isinstance(weight, PackedParameter) else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

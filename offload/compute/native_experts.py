@@ -1,6 +1,7 @@
 """Experts with the checkpoint's own numbers: bit for bit what transformers' ``eager`` experts give.
 
-Packed weights are decoded, one parameter at a time, and give what eager gives with the decoded weights.
+Packed weights are decoded, one parameter at a time, and give what eager gives with the decoded weights. With few tokens
+and compiled kernels they are multiplied as they are, which adds in another order.
 
 Each expert's product is computed on its own, over its tokens in ``eager``'s order, and the products are summed in
 ascending order of expert, whenever they were computed.
@@ -8,15 +9,15 @@ ascending order of expert, whenever they were computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from cache.keys import ExpertKey
 from offload.compute.base import EventCompute, ExpertCompute, WeightsOf
-from offload.compute.decoded import Decoder
-from offload.compute.kernels.published import Decoders
+from offload.compute.decoded import DecodedWeights, Decoder
+from offload.compute.kernels.published import PublishedKernels
 from offload.model.families import sum_dtype
 from offload.model.families.base import OwnProduct
 
@@ -26,8 +27,8 @@ Tokens None stands for "the only token" and goes with a slice of one position.""
 
 
 class NativeExperts(ExpertCompute):
-    def __init__(self, decoders: Decoders | None = None) -> None:
-        self._decoder = Decoder(decoders)
+    def __init__(self, published: PublishedKernels | None = None) -> None:
+        self._decoder = Decoder(published)
 
     def begin(
         self,
@@ -76,7 +77,7 @@ class _NativeEvent(EventCompute):
         weights = routed[:, positions] if tokens is None else routed[tokens, positions, None]
         self._products[expert] = products * weights
 
-    def _product(self, weights: Mapping[str, torch.Tensor], tokens: torch.Tensor | None) -> torch.Tensor:
+    def _product(self, weights: DecodedWeights, tokens: torch.Tensor | None) -> torch.Tensor:
         if isinstance(self._module, OwnProduct):
             return self._module.product(weights, self._hidden, tokens)
         states = self._hidden if tokens is None else self._hidden[tokens]
@@ -113,17 +114,20 @@ def rows_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Rows:
     return rows
 
 
-def expert_product(module: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+def expert_product(module: Any, weights: DecodedWeights, states: torch.Tensor) -> torch.Tensor:
     """One expert over its tokens [n, H] -> [n, H], not yet weighted by the router."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
-    states = _linear(module, states, weights[name], weights.get(f"{name}_bias"))
+    states = _linear(module, states, weights, name)
     states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
-    states = _linear(module, states, weights["down_proj"], weights.get("down_proj_bias"))
+    states = _linear(module, states, weights, "down_proj")
     return module.post_expert_norm(states) if module.has_post_expert_norm else states  # type: ignore[no-any-return]
 
 
-def _linear(module: Any, states: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
-    if module.is_transposed:
-        product: torch.Tensor = states @ weight
-        return product if bias is None else product + bias
-    return torch.nn.functional.linear(states, weight, bias)
+def _linear(module: Any, states: torch.Tensor, weights: DecodedWeights, name: str) -> torch.Tensor:
+    bias = weights.get(f"{name}_bias")
+    product = weights.product(name, states, module.is_transposed)
+    if product is None and not module.is_transposed:
+        return torch.nn.functional.linear(states, weights[name], bias)
+    if product is None:
+        product = states @ weights[name]
+    return product if bias is None else product + bias

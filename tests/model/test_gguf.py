@@ -47,7 +47,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def test_logits_equal_stock_with_decoded_weights(pair: Pair, tmp_path: Path) -> None:
     reference = reference_logits(pair.reference, IDS, DECODE_IDS)
     for residency in (SMALLEST, HALF, ALL):
-        with open_tiny(pair.published, tmp_path, residency=residency, verify=residency == ALL) as engine:
+        settings = {"residency": residency, "verify": residency == ALL, "kernels": "torch"}
+        with open_tiny(pair.published, tmp_path, **settings) as engine:
             assert_equal(logits(engine), reference)
             engine._runtime.cache.check_integrity()
 
@@ -157,7 +158,7 @@ def test_a_file_alone(tmp_path: Path) -> None:
     pair = publish_gguf(model, tmp_path, describe)
     reference = reference_logits(pair.reference, IDS, DECODE_IDS)
     for path in (pair.published, pair.published.parent):
-        with open_tiny(path, tmp_path / "packs") as engine:
+        with open_tiny(path, tmp_path / "packs", kernels="torch") as engine:
             assert_equal(logits(engine), reference)
             engine.reset()
             sampling = SamplingSettings(temperature=0, max_new_tokens=3)

@@ -45,7 +45,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("residency", [SMALLEST, HALF, ALL])
 def test_logits_equal_stock_with_dequantised_weights(tiny: Tiny, residency: float) -> None:
-    settings = {"residency": residency, "verify": residency == ALL, "kernels": "torch" if residency == HALF else "auto"}
+    settings = {"residency": residency, "verify": residency == ALL, "kernels": "torch"}
     with open_tiny(tiny.pair.published, tiny.packs, **settings) as engine:
         assert_equal(logits(engine), tiny.reference)
         engine._runtime.cache.check_integrity()
@@ -53,6 +53,16 @@ def test_logits_equal_stock_with_dequantised_weights(tiny: Tiny, residency: floa
             engine.reset()
             sampling = SamplingSettings(temperature=0, max_new_tokens=3)
             assert finish(engine.generate("the expert that", sampling))[1].reason in ("length", "stop")
+
+
+def test_products_of_packed_weights_are_the_same_at_any_residency(tiny: Tiny) -> None:
+    """With the kernels, which round in another way than the library; how far off, ``test_matrix`` sees in float32."""
+    found = []
+    for residency in (SMALLEST, HALF, ALL):
+        with open_tiny(tiny.pair.published, tiny.packs, residency=residency) as engine:
+            found.append(logits(engine))
+    assert_equal(found[0], found[1])
+    assert_equal(found[0], found[2])
 
 
 def test_other_formats_are_packed_from_the_decoded_weights(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,111 +1,145 @@
-"""Calls into the compiled decoders of published formats (published.c); the same bits as without them."""
+"""The compiled kernels for published formats (published.c): decoding with torch's bits, products with few tokens."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from offload.checkpoint.formats.compressed import CompressedLayout
 from offload.checkpoint.formats.fp8 import Fp8Layout
+from offload.checkpoint.formats.gguf import GgufLayout
 from offload.checkpoint.formats.mxfp4 import GROUP, Mxfp4Layout
 from offload.checkpoint.formats.packed import PackedLayout, PackedMatrix
-from offload.compute.kernels import load_kernels
+from offload.compute.kernels import Kernels, load_kernels
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ROWS = 16  # a thread's share is a multiple of this
 _SMALL = 2**16  # weights that are not worth a second thread
-Call = Callable[[int, int], None]
-"""Decodes the rows from the first number to the second."""
+_FP8, _MXFP4, _INT4, _GGUF = 0, 1, 2, {"Q4_0": 3, "Q8_0": 4, "Q4_K": 5, "Q5_K": 6, "Q6_K": 7}
+"""Places in the kernels' list of formats."""
+
+FEW_TOKENS = 8
+"""The most tokens that are multiplied without decoding the whole matrix first; with more, the library is faster."""
 
 
-class Decoders:
-    """Several threads share a matrix, as many as torch has. ``library`` is that of the kernels."""
+class _Packed(ctypes.Structure):
+    """A matrix as its parts hold it, a row an output."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-        ends: list[Any] = [pointer, number, long, long]
-        self.fp8, self.mxfp4, self.int4 = library.rl_fp8, library.rl_mxfp4, library.rl_int4
-        self.fp8.argtypes = [pointer, pointer, long, long, long, *ends]
-        self.mxfp4.argtypes = [pointer, pointer, long, long, number, *ends]
-        self.int4.argtypes = [pointer, pointer, long, long, *ends]
-        for function in (self.fp8, self.mxfp4, self.int4):
-            function.restype = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._workers = 0
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("format", "rows", "columns", "block_rows", "block_columns")),
+    ]
+
+
+class _Parts(NamedTuple):
+    """What a kernel takes for a matrix; ``blocks`` are (rows, columns) that share a scale, or 0."""
+
+    format: int
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    shape: tuple[int, int]
+    blocks: tuple[int, int] = (0, 0)
+
+    def described(self) -> _Packed:
+        scales = None if self.scales is None else self.scales.data_ptr()
+        return _Packed(self.codes.data_ptr(), scales, self.format, *self.shape, *self.blocks)
+
+
+class PublishedKernels:
+    """Several threads share a matrix, as many as torch has. What these do not know is left to the caller."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        library, pointer, number = kernels.library, ctypes.c_void_p, ctypes.c_int
+        self._decode, self._linear = library.rl_packed_decode, library.rl_packed_linear
+        self._decode.argtypes = [pointer, pointer, number, number, number]
+        self._decode.restype = None
+        self._linear.argtypes = [pointer, pointer, number, pointer, number, number, number]
 
     def decode(self, matrix: PackedMatrix, out: torch.Tensor) -> bool:
         """Write the weights into ``out``, contiguous [*matrix.layout.shape]; False: this is not done here."""
-        prepare, dtype = _PREPARE.get(type(matrix.layout)), _DTYPES.get(out.dtype)
-        if prepare is None or dtype is None or not out.is_contiguous():
+        dtype, parts = _DTYPES.get(out.dtype), _parts(matrix)
+        if parts is None or dtype is None or not out.is_contiguous():
             return False
-        found = prepare(self, matrix, out, dtype)
-        if found is None:
-            return False
-        rows, call = found
-        threads = torch.get_num_threads() if out.numel() > _SMALL else 1
-        step = -(-rows // (threads * _ROWS)) * _ROWS
-        shares = [(first, min(first + step, rows)) for first in range(0, rows, step)]
-        others = [self._submit(len(shares) - 1, call, *share) for share in shares[1:]]
-        call(*shares[0])
-        for other in others:
-            other.result()
+        packed = parts.described()
+        transposed = int(matrix.layout.transposed)
+        self._decode(ctypes.byref(packed), out.data_ptr(), dtype, transposed, self._threads(out.numel()))
         return True
 
-    def _submit(self, workers: int, call: Call, first: int, last: int) -> Future[None]:
-        if self._pool is None or self._workers < workers:
-            self._pool, self._workers = ThreadPoolExecutor(workers, "decode"), workers
-        return self._pool.submit(call, first, last)
+    def takes(self, matrix: PackedMatrix, dtype: torch.dtype) -> bool:
+        """Whether :meth:`linear` multiplies inputs of ``dtype`` with this matrix."""
+        return dtype in _DTYPES and _parts(matrix) is not None
+
+    def linear(self, matrix: PackedMatrix, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        """Products of ``inputs`` [tokens, inputs] with all outputs of a matrix that is taken, into ``output``.
+
+        ``output`` [tokens, outputs] may be a part of the columns of a larger tensor, of the dtype of ``inputs``. The
+        weights are rounded to that dtype, as they are when they are decoded, and summed in float32. A product depends
+        on nothing but its row and its token. Raises MemoryError if there is none for a row of weights.
+        """
+        parts = _parts(matrix)
+        assert parts is not None and inputs.is_contiguous() and output.stride(1) == 1
+        assert inputs.shape[1] == parts.shape[1] and output.shape == (len(inputs), parts.shape[0])
+        packed, dtype = parts.described(), _DTYPES[inputs.dtype]
+        threads = self._threads(parts.shape[0] * parts.shape[1])
+        addresses = inputs.data_ptr(), len(inputs), output.data_ptr(), output.stride(0)
+        if self._linear(ctypes.byref(packed), *addresses, dtype, threads):
+            raise MemoryError("no memory for a row of weights")
+
+    def _threads(self, weights: int) -> int:
+        return (self._kernels.threads or torch.get_num_threads()) if weights > _SMALL else 1
 
 
-Prepare = Callable[[Decoders, PackedMatrix, torch.Tensor, int], "tuple[int, Call] | None"]
+def _parts(matrix: PackedMatrix) -> _Parts | None:
+    """What the kernels take for ``matrix``; None: none of them knows it."""
+    prepare = _PREPARE.get(type(matrix.layout))
+    return None if prepare is None or matrix.parts[0].device.type != "cpu" else prepare(matrix)
 
 
-def _fp8(decoders: Decoders, matrix: PackedMatrix, out: torch.Tensor, dtype: int) -> tuple[int, Call] | None:
+def _fp8(matrix: PackedMatrix) -> _Parts | None:
     layout = matrix.layout
     assert isinstance(layout, Fp8Layout)
     codes, scale = matrix.parts
     if codes.dtype != torch.float8_e4m3fn or scale.dtype not in (torch.float32, torch.bfloat16):
         return None
-    rows, columns = layout.shape
-    blocks = layout.block_rows, layout.block_columns
-    scale = scale.float()
-
-    def call(first: int, last: int) -> None:  # holds the scales, which may be a copy
-        decoders.fp8(codes.data_ptr(), scale.data_ptr(), columns, *blocks, out.data_ptr(), dtype, first, last)
-
-    return rows, call
+    return _Parts(_FP8, codes, scale.float(), layout.shape, (layout.block_rows, layout.block_columns))
 
 
-def _mxfp4(decoders: Decoders, matrix: PackedMatrix, out: torch.Tensor, dtype: int) -> tuple[int, Call] | None:
+def _mxfp4(matrix: PackedMatrix) -> _Parts:
     codes, scale = matrix.parts
     rows, groups = scale.shape
-    turned = int(matrix.layout.transposed)
-    ends = codes.data_ptr(), scale.data_ptr(), rows, groups * GROUP, turned, out.data_ptr(), dtype
-    return rows, partial(decoders.mxfp4, *ends)
+    return _Parts(_MXFP4, codes, scale, (rows, groups * GROUP))
 
 
-def _int4(decoders: Decoders, matrix: PackedMatrix, out: torch.Tensor, dtype: int) -> tuple[int, Call] | None:
+def _int4(matrix: PackedMatrix) -> _Parts | None:
     layout = matrix.layout
     assert isinstance(layout, CompressedLayout)
     plain = layout.bits == 4 and layout.scale == "bfloat16" and not layout.zero and not layout.order
     if not plain or layout.group % GROUP or layout.shape[1] % layout.group:
         return None
     codes, scale = matrix.parts
-    rows, columns = layout.shape
-    return rows, partial(
-        decoders.int4, codes.data_ptr(), scale.data_ptr(), columns, layout.group, out.data_ptr(), dtype
-    )
+    return _Parts(_INT4, codes, scale, layout.shape, (1, layout.group))
 
 
-_PREPARE: dict[type[PackedLayout], Prepare] = {Fp8Layout: _fp8, Mxfp4Layout: _mxfp4, CompressedLayout: _int4}
+def _gguf(matrix: PackedMatrix) -> _Parts | None:
+    layout = matrix.layout
+    assert isinstance(layout, GgufLayout)
+    number = _GGUF.get(layout.type)
+    return None if number is None else _Parts(number, matrix.parts[0], None, layout.shape)
 
 
-def load_decoders(on_failure: Callable[[str], None] | None = None) -> Decoders | None:
-    """The decoders of this machine, compiled at the first call of all; None, with ``on_failure`` told why, without."""
+_PREPARE: dict[type[PackedLayout], Callable[[PackedMatrix], _Parts | None]] = {
+    Fp8Layout: _fp8,
+    Mxfp4Layout: _mxfp4,
+    CompressedLayout: _int4,
+    GgufLayout: _gguf,
+}
+
+
+def load_published(on_failure: Callable[[str], None] | None = None) -> PublishedKernels | None:
+    """The kernels of this machine, compiled at the first call of all; None, with ``on_failure`` told why, without."""
     kernels = load_kernels(on_failure)
-    return None if kernels is None else Decoders(kernels.library)
+    return None if kernels is None else PublishedKernels(kernels)
