@@ -21,8 +21,16 @@ def read_config(folder: Path) -> PretrainedConfig:
     said = read_json_object(folder / CONFIG_FILE)
     known = known_model_type(said)
     name = said.get("model_type")
-    if known is None and isinstance(name, str) and name and name not in CONFIG_MAPPING:
-        raise ModelError(f"{folder / CONFIG_FILE}: model_type '{name}' is unknown; {what_runs_instead(name)}")
+    if known is None and not (isinstance(name, str) and name):
+        raise ModelError(
+            f"{folder / CONFIG_FILE}: it names no model_type, so it is no config of a model that transformers knows; "
+            f"{what_runs_instead('')}"
+        )
+    if known is None and name not in CONFIG_MAPPING:
+        code = "; the code that the checkpoint has for it is not run" if said.get("auto_map") else ""
+        raise ModelError(
+            f"{folder / CONFIG_FILE}: model_type '{name}' is unknown{code}; {what_runs_instead(str(name))}"
+        )
     try:
         if known is not None:
             return CONFIG_MAPPING[known].from_dict(said | {"model_type": known})

@@ -85,17 +85,23 @@ def get_architecture(name: str, model_type: str | None = None) -> Architecture:
     return found
 
 
+def check_package() -> None:
+    """Raises ModelError if the ``gguf`` package, which has the names of the tensors, is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ModelError("GGUF files need the gguf package: pip install gguf") from error
+
+
 def name_tensors(
     model: Any, experts: Collection[api.ExpertsModule], architecture: str, names: Collection[str]
 ) -> tuple[dict[tuple[str, str], tw.TensorSource], dict[str, str]]:
     """Where the experts' parameters are, and ``{parameter of the skeleton: tensor of the file}``.
 
-    Raises ModelError if the ``gguf`` package, which has the names, is missing, or the file lacks experts.
+    Raises ModelError if the file lacks experts. Needs :func:`check_package`.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError("GGUF files need the gguf package: pip install gguf") from error
+    import gguf
+
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     layers = model.config.get_text_config().num_hidden_layers
     known = gguf.get_tensor_name_map(number, layers)

@@ -16,7 +16,7 @@ from offload.checkpoint.formats.gguf import BLOCKS, GgufLayout
 from offload.checkpoint.formats.method import Method, Read
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor
 from offload.checkpoint.gguf_file import GgufHeader, GgufTensor, gguf_files, read_header
-from offload.checkpoint.gguf_names import Change, Compose, get_architecture, name_tensors
+from offload.checkpoint.gguf_names import Change, Compose, check_package, get_architecture, name_tensors
 from offload.checkpoint.model_folder import CONFIG_FILE
 from offload.checkpoint.reading import KnownPlace
 from offload.errors import ModelError
@@ -75,6 +75,7 @@ class GgufCheckpoint:
     def config(self) -> PretrainedConfig:
         """From the ``config.json`` beside the file, else from what the file says. Raises ModelError if neither does."""
         path = self.files[0]
+        check_package()
         architecture = get_architecture(self.header.architecture)
         if (path.parent / CONFIG_FILE).exists():
             config = read_config(path.parent)

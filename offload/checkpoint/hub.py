@@ -21,9 +21,11 @@ from offload.checkpoint.model_folder import (
     INDEX_FILE,
     MISTRAL_CONFIG,
     MISTRAL_INDEX_FILE,
+    MODELOPT_FILE,
     are_mistrals,
     check_model_folder,
     choose_weights,
+    no_model_message,
     no_safetensors_message,
     shard_names,
 )
@@ -42,6 +44,7 @@ _SMALL_FILES = (
     INDEX_FILE,
     MISTRAL_CONFIG,
     MISTRAL_INDEX_FILE,
+    MODELOPT_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -144,7 +147,7 @@ def _from_hub(name: str, revision: str | None, on_event: OnEvent, weights: bool)
 
     files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     if CONFIG_FILE not in files and MISTRAL_CONFIG not in files:
-        raise ModelError(f"'{name}' is not a model that can be run: it has no {CONFIG_FILE}")
+        raise ModelError(no_model_message(name, files))
     shards = _weight_files(name, info.sha, files) if weights else None
     wanted = choose_files(files, shards)
     total = sum(files[file].size or 0 for file in wanted)

@@ -14,6 +14,8 @@ INDEX_FILE = "model.safetensors.index.json"
 MISTRAL_CONFIG = "params.json"
 MISTRAL_INDEX_FILE = "consolidated.safetensors.index.json"
 _MISTRAL_WEIGHTS = "consolidated"
+MODELOPT_FILE = "hf_quant_config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # A clone without Git LFS leaves a text of about 130 bytes in place of each large file.
 _LFS_POINTER_START = b"version http"
@@ -28,9 +30,13 @@ def check_model_folder(folder: Path, weights: bool = True) -> None:
     if folder.is_file() and folder.suffix == ".gguf":
         return
     if not folder.is_dir():
-        raise ModelError(f"--model: '{folder}' is not a folder; give the folder that holds {CONFIG_FILE}")
+        there = f"its folder: --model {folder.parent}" if (folder.parent / CONFIG_FILE).exists() else ""
+        raise ModelError(f"--model: '{folder}' is not a folder; give {there or f'the folder that holds {CONFIG_FILE}'}")
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
         return
+    names = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
+    if _is_adapter(names) or not config_path(folder).exists():
+        raise ModelError(no_model_message(str(folder), names))
     read_json_object(config_path(folder))
     if weights:
         _check_weights(folder)
@@ -103,11 +109,41 @@ def shard_names(index_path: Path) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def no_model_message(name: str, files: Iterable[str]) -> str:
+    """One line that says why a folder without a config is no model that can be run, by what it has instead."""
+    names = set(files)
+    inner = sorted(file.removesuffix(f"/{CONFIG_FILE}") for file in names if file.endswith(f"/{CONFIG_FILE}"))
+    if _ADAPTER_CONFIG in names:
+        return (
+            f"'{name}' is an adapter (LoRA), no model, and adapters are not applied; merge it into its model (peft: "
+            "merge_and_unload, save_pretrained) and give that folder"
+        )
+    if "model_index.json" in names:
+        return f"'{name}' makes pictures (model_index.json): it is no language model, and only those are run"
+    if any(file.endswith(".onnx") for file in names):
+        return f"'{name}' has the model as ONNX, which is not read; take the one with {CONFIG_FILE} and *.safetensors"
+    reason = f"'{name}' is not a model folder: it has no {CONFIG_FILE}"
+    return f"{reason}; its folder '{inner[0]}' has one" if inner else reason
+
+
+def _is_adapter(names: Iterable[str]) -> bool:
+    names = set(names)
+    weights = {name for name in names if name.endswith(".safetensors")}
+    return _ADAPTER_CONFIG in names and all(name.startswith("adapter_") for name in weights)
+
+
 def no_safetensors_message(name: str, files: Iterable[str]) -> str:
     """One line that says why a model without safetensors cannot be run, by what it has instead."""
     suffixes = {Path(file).suffix for file in files}
     if suffixes.intersection(_PICKLES):
-        reason = "has only pickled weights (.bin, .pt), which can run code; only safetensors are loaded"
+        reason = (
+            "has only pickled weights (.bin, .pt), which can run code; only safetensors are loaded: take a conversion, "
+            "or make one in a place where that code can do no harm (transformers: from_pretrained, save_pretrained)"
+        )
+    elif ".onnx" in suffixes:
+        reason = "has the model as ONNX, which is not read; take the one with *.safetensors"
+    elif suffixes & {".h5", ".msgpack"}:
+        reason = "has only weights for TensorFlow or Flax; take the checkpoint with *.safetensors"
     elif ".gguf" in suffixes:
         reason = "has only GGUF weights; download one of its files and name it: --model FILE.gguf"
     else:
@@ -122,7 +158,7 @@ def _check_weights(folder: Path) -> None:
     else:
         names = choose_weights(path.name for path in folder.glob("*.safetensors"))
         if not names:
-            raise ModelError(no_safetensors_message(str(folder), (path.name for path in folder.iterdir())))
+            raise ModelError(no_safetensors_message(str(folder), (path.name for path in folder.rglob("*"))))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -22,7 +22,13 @@ from offload.checkpoint.formats.methods import get_method
 from offload.checkpoint.formats.packed import PackedMatrix, PackedTensor
 from offload.checkpoint.gguf_source import GgufCheckpoint, GgufMethod, open_gguf
 from offload.checkpoint.mistral_layout import modalities_of_params, read_params, use_mistral_names
-from offload.checkpoint.model_folder import choose_weights, has_mistral_layout, index_path
+from offload.checkpoint.model_folder import (
+    MODELOPT_FILE,
+    choose_weights,
+    has_mistral_layout,
+    index_path,
+    read_json_object,
+)
 from offload.checkpoint.packed_tensors import PackedSlice, PackedTensors
 from offload.checkpoint.reading import KeepInPlace, Staging, TensorFiles
 from offload.errors import ModelError
@@ -305,13 +311,21 @@ def _open_gguf(path: Path, gguf: GgufCheckpoint) -> CheckpointSource:
 def _method(folder: Path, config: PretrainedConfig) -> Method | None:
     """How the checkpoint is quantised. Raises ModelError if that is not supported."""
     for part in (config, config.get_text_config()):
-        said = getattr(part, "quantization_config", None)
+        # MLX names it "quantization"; NVIDIA's tools have written it into a file of its own
+        mlx = getattr(part, "quantization", None)
+        said = getattr(part, "quantization_config", None) or (mlx if isinstance(mlx, dict) else _modelopt(folder))
         if said is not None:
             try:
                 return get_method(said if isinstance(said, dict) else said.to_dict())
             except ModelError as error:
                 raise ModelError(f"{folder}: {error}") from error
     return None
+
+
+def _modelopt(folder: Path) -> dict[str, Any] | None:
+    if not (folder / MODELOPT_FILE).exists():
+        return None
+    return {"quant_method": "modelopt", **(read_json_object(folder / MODELOPT_FILE).get("quantization") or {})}
 
 
 def _find_packed(folder: Path, method: Method, files: dict[str, Path]) -> dict[str, PackedTensor]:

@@ -211,7 +211,7 @@ def test_config_with_another_number_of_fused_experts(model_type: str, experts: i
 @pytest.mark.parametrize("quantization", [{"quant_method": "aqlm"}, {"quant_method": "hqq"}, {"bits": 4}])
 def test_unknown_quantisation_is_refused_by_name(quantization: dict[str, Any], model: Path) -> None:
     edit_config(model, quantization_config=quantization)
-    name = quantization.get("quant_method", "none named")
+    name = quantization.get("quant_method", "no quant_method is named")
     refused(model, rf"quantised in a way that is not supported \({name}\); these are: fp8.* --format int8 or int4")
 
 
@@ -244,7 +244,7 @@ def test_unknown_model_type(model_type: str, nearest: str, model: Path) -> None:
 @pytest.mark.parametrize("model_type", ["", None, 3])
 def test_model_type_that_is_none(model_type: object, model: Path) -> None:
     edit_config(model, model_type=model_type)
-    refused(model, r"config.json: the config cannot be used")
+    refused(model, r"config.json: (the config cannot be used|it names no model_type)")
 
 
 def test_known_families_that_cannot_be_run(model: Path) -> None:

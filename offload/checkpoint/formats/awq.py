@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from offload.checkpoint.formats.gptq import check_parts, check_shapes
-from offload.checkpoint.formats.method import Method, Read
+from offload.checkpoint.formats.method import ANOTHER, Method, Read
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor, Part
 from offload.checkpoint.formats.unpacking import unpack_columns
 from offload.errors import ModelError
@@ -68,7 +68,9 @@ class AwqMethod(Method):
             str(config.get("version") or "gemm").lower(),
         )
         if bits != 4 or version != "gemm":
-            raise ModelError(f"AWQ weights of {bits} bits in version '{version}' are not supported; 4 bits in gemm are")
+            raise ModelError(
+                f"AWQ weights of {bits} bits in version '{version}' are not supported; 4 bits in gemm are; {ANOTHER}"
+            )
 
     def find(self, entries: Entries, read: Read) -> dict[str, PackedTensor]:
         found = {}

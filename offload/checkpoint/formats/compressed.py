@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from offload.checkpoint.formats.fp8 import Fp8Method
-from offload.checkpoint.formats.method import Method, Read
+from offload.checkpoint.formats.method import ANOTHER, Method, Read
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor, Part
 from offload.checkpoint.formats.unpacking import unpack_columns, unpack_rows
 from offload.errors import ModelError
@@ -84,14 +84,14 @@ class CompressedMethod(Method):
         for name in sorted(formats - {None}):
             if name not in _FORMATS and name != "mixed-precision":
                 raise ModelError(
-                    f"the compressed-tensors format '{name}' is not supported; these are: {', '.join(_FORMATS)}; use "
-                    "another checkpoint of this model"
+                    f"the compressed-tensors format '{name}' is not supported; these are: {', '.join(_FORMATS)}; "
+                    f"{ANOTHER}"
                 )
         bits = {int(group.get("num_bits", 0)) for group in weights if group.get("type") == "int"}
         if len(bits) > 1 or not bits <= set(_BITS):
             raise ModelError(
                 f"compressed-tensors weights of {', '.join(map(str, sorted(bits)))} bits are not supported; 4 or 8 "
-                "are, the same for all weights"
+                f"are, the same for all weights; {ANOTHER}"
             )
         self._bits = bits.pop() if bits else 0
         self._weights: Mapping[str, Any] = weights[0] if weights else {}

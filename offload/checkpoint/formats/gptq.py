@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from offload.checkpoint.formats.method import Method, Read
+from offload.checkpoint.formats.method import ANOTHER, Method, Read
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor, Part
 from offload.checkpoint.formats.unpacking import unpack_columns, unpack_rows
 from offload.errors import ModelError
@@ -73,10 +73,10 @@ class GptqMethod(Method):
         super().__init__(config)
         self._bits = int(config.get("bits", 4))
         if self._bits not in _MIDDLE:
-            raise ModelError(f"GPTQ weights of {self._bits} bits are not supported; 4 or 8 are")
+            raise ModelError(f"GPTQ weights of {self._bits} bits are not supported; 4 or 8 are; {ANOTHER}")
         form = config.get("checkpoint_format") or "gptq"
         if form not in ("gptq", "gptq_v2"):
-            raise ModelError(f"the GPTQ checkpoint_format '{form}' is not supported; gptq and gptq_v2 are")
+            raise ModelError(f"the GPTQ checkpoint_format '{form}' is not supported; gptq and gptq_v2 are; {ANOTHER}")
         self._less = int(form == "gptq")
 
     def find(self, entries: Entries, read: Read) -> dict[str, PackedTensor]:

@@ -11,6 +11,8 @@ import torch
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor
 
 Read = Callable[[str], torch.Tensor]
+ANOTHER = "use another checkpoint of this model, such as an unquantised one with --format int8 or int4"
+"""What helps where a kind of quantisation is not supported."""
 
 
 class Method(ABC):

@@ -11,7 +11,7 @@ from offload.checkpoint.formats.compressed import CompressedLayout, CompressedMe
 from offload.checkpoint.formats.fp8 import Fp8Layout, Fp8Method
 from offload.checkpoint.formats.gguf import GgufLayout
 from offload.checkpoint.formats.gptq import GptqLayout, GptqMethod
-from offload.checkpoint.formats.method import Method
+from offload.checkpoint.formats.method import ANOTHER, Method
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout, Mxfp4Method
 from offload.checkpoint.formats.packed import PackedLayout, parse_fields
 from offload.errors import ModelError
@@ -30,13 +30,19 @@ def get_method(config: Mapping[str, Any] | None) -> Method | None:
     """What ``quantization_config`` says; None without one. Raises ModelError, naming what is supported."""
     if not config:
         return None
-    name = str(config.get("quant_method", "none named"))
+    name = str(config.get("quant_method") or "")
     if name not in METHODS:
+        said = " ".join(filter(None, (name, str(config.get("quant_algo") or ""))))
+        if not name and "bits" in config and "group_size" in config:
+            said = f"MLX, {config['bits']} bits"  # the only one that names no method
         raise ModelError(
-            f"the checkpoint is quantised in a way that is not supported ({name}); these are: {', '.join(METHODS)}; "
-            "else use an unquantised checkpoint (bf16, fp16 or fp32) of this model, with --format int8 or int4"
+            f"the checkpoint is quantised in a way that is not supported ({said or 'no quant_method is named'}); these "
+            f"are: {', '.join(METHODS)} and GGUF files; {ANOTHER}"
         )
-    return METHODS[name](config)
+    try:
+        return METHODS[name](config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"the quantization_config is damaged ({error}); download config.json again") from error
 
 
 def parse_layout(spec: str, shape: tuple[int, ...]) -> PackedLayout | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import NamedTuple
 
 RUNS = frozenset(
@@ -41,9 +42,11 @@ DO_NOT_RUN = {
 
 
 def what_runs_instead(model_type: str) -> str:
-    """The nearest thing that works, for the end of an error's line."""
+    """The nearest thing that works, for the end of an error's line: of the same family by its first letters, if any."""
     if model_type in DO_NOT_RUN:
         return f"the nearest that can be run: {DO_NOT_RUN[model_type].nearest}"
-    if close := difflib.get_close_matches(model_type, sorted(RUNS), n=2, cutoff=0.5):
+    family = re.match("[a-z]{3,}", model_type)
+    kin = [name for name in sorted(RUNS) if family and name.startswith(family[0])]
+    if close := difflib.get_close_matches(model_type, kin or sorted(RUNS), n=2, cutoff=0.3 if kin else 0.6):
         return f"the nearest that can be run: {' and '.join(close)}"
     return f"{len(RUNS)} kinds of models can be run, such as mixtral, qwen3_moe, deepseek_v3 and gpt_oss"
