@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 
-from cache.keys import ExpertKey
+from cache.keys import ExpertKey, KeyTable
 from cache.outcomes import CacheCounters, Counters, Lookup, Reservation, SlotState
 from cache.policies.base import Policy
 from cache.shares import layer_shares, passing_slots
@@ -59,13 +59,15 @@ class ExpertCache:
         self._loading: set[ExpertKey] = set()
         self._event: Sequence[ExpertKey] = ()
         self._needed: set[ExpertKey] = set()  # keys of the open event that were not released
-        self._keys: defaultdict[int, list[ExpertKey]] = defaultdict(list)  # by layer and expert: made once
+        self.keys = KeyTable().of
+        """``keys(layer, experts)``: the keys of ``experts`` of ``layer``, the same objects every time."""
         self._held: defaultdict[int, int] = defaultdict(int)  # slots that each layer has
         self._share = None if layers is None else layer_shares(slots, layers)
         self._fill = slots if fill is None else fill
         self._passing: dict[ExpertKey, None] = {}  # records at the cold end, the oldest first
         self._most_passing = passing_slots(slots, records)
         self._recent: frozenset[ExpertKey] | None = None  # of the open event, if it streams
+        self._foretold: set[ExpertKey] = set()  # loaded ahead, and their layer's event has not come yet
         self._retired: set[int] = set()  # numbers of slots that have no memory
 
     @property
@@ -127,6 +129,8 @@ class ExpertCache:
         if self._event:
             raise RuntimeError("lookup: the event before was not ended")
         keys = self.keys(layer, dict.fromkeys(experts))
+        if self._foretold:
+            self._foretold = {key for key in self._foretold if key.layer != layer}
         found = Lookup([], [], [])
         for key in keys:
             if key not in self._slot:
@@ -151,16 +155,6 @@ class ExpertCache:
             self.policy.record_event(group)
         self._recent = frozenset().union(*groups)
         return found
-
-    def keys(self, layer: int, experts: Iterable[int]) -> list[ExpertKey]:
-        """The keys of ``experts`` of ``layer``; the same objects every time, since making them takes time."""
-        known = self._keys[layer]
-        try:
-            return [known[expert] for expert in experts]
-        except IndexError:
-            experts = list(experts)
-            known += [ExpertKey(layer, expert) for expert in range(len(known), max(experts) + 1)]
-            return [known[expert] for expert in experts]
 
     def reserve(self, keys: Sequence[ExpertKey], limit: int | None = None) -> list[Reservation]:
         """Give slots to the first of ``keys``, as many as can be had now (and at most ``limit``); maybe none.
@@ -189,6 +183,7 @@ class ExpertCache:
         ``keys`` are of one layer; resident ones are passed over. At most a quarter of the slots (under the scope
         ``layer``: of the layer's share) is ever loading after this, so that demand finds slots; what goes is what the
         policy calls cold, outside the open event and outside ``keys``, and, with ``repays(key, victim)``, only if so.
+        Without ``repays`` the keys are foretold: until their layer's next event they go only when nothing else is left.
         """
         missing = [key for key in keys if key not in self._slot]
         if not missing:
@@ -201,11 +196,13 @@ class ExpertCache:
         wanted, victims = missing[: max(0, room)], []
         free = min(len(wanted), self._free_for(layer))
         if free < len(wanted):
-            blocked = {*self._event, *self._loading, *keys}
+            blocked = {*self._event, *self._loading, *self._foretold, *keys}
             victims = self.policy.cold(len(wanted) - free, blocked, scope)
             if repays is not None:
                 pairs = takewhile(lambda pair: repays(*pair), zip(wanted[free:], victims, strict=False))
                 victims = [victim for _, victim in pairs]
+        if repays is None:
+            self._foretold.update(wanted[: free + len(victims)])
         return self._take_slots(wanted[: free + len(victims)], free, victims)
 
     def commit(self, key: ExpertKey) -> None:
@@ -295,6 +292,7 @@ class ExpertCache:
         assert self._retired.isdisjoint(self._free), "a retired slot is not free"
         assert self._loading <= self._slot.keys(), "what is loading has a slot"
         assert self._passing.keys() <= self._slot.keys(), "what passes through has a slot"
+        assert self._foretold <= self._slot.keys(), "what was loaded ahead has a slot"
         assert self._needed <= set(self._event), "only keys of the open event are needed"
         assert self.policy.resident() == set(self._slot), "the policy knows exactly the resident keys"
         by_layer = Counter(key.layer for key in self._slot)
@@ -321,7 +319,7 @@ class ExpertCache:
     def _victims_among(self, n: int, layer: int | None, but: Sequence[ExpertKey] = ()) -> list[ExpertKey]:
         """At most ``n`` keys of ``layer`` (None: all) outside ``but``, the event's last, and of those the released."""
         chosen: list[ExpertKey] = []
-        for kept in (self._event, self._needed):
+        for kept in ([*self._event, *self._foretold], self._event, self._needed):
             if len(chosen) == n:
                 break
             blocked = {*kept, *self._loading, *chosen, *but}
@@ -446,4 +444,5 @@ class ExpertCache:
         self._held[key.layer] -= 1
         self._free.append(slot)
         self._passing.pop(key, None)
+        self._foretold.discard(key)
         self.policy.evict(key)

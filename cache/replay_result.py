@@ -62,17 +62,28 @@ PART_COLUMNS = tuple(Part.__dataclass_fields__)
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Time by lane. :attr:`total` is that of the compute lane: computing and stalls; disk and link run beside it."""
+    """Time by lane. :attr:`total` is that of the compute lane: computing and stalls; disk and link run beside it.
+
+    ``needed_link`` is the link's time for records that events asked for, without prefetches in vain. ``chain`` is the
+    least time that the order of things allows: a copy that nobody foretold begins when the router has spoken.
+    """
 
     compute: float
     stall: float
     disk: float
     link: float
+    needed_link: float
+    chain: float
     tokens: int
 
     @property
     def total(self) -> float:
         return self.compute + self.stall
+
+    @property
+    def least(self) -> float:
+        """The time that lanes and order allow for these hits and these guesses: nobody could be faster."""
+        return max(self.compute, self.needed_link, self.chain)
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -10,7 +10,8 @@ from functools import partial
 import numpy as np
 
 from cache.events import Events, trace_events
-from cache.expert_cache import ExpertCache, Lookup, Reservation
+from cache.expert_cache import ExpertCache, Lookup, Reservation, SlotState
+from cache.guesses import GuessWorth, guesses_of
 from cache.hardware import Hardware
 from cache.keys import ExpertKey
 from cache.misses import MOST_ADMITTED, ExpertWork, MissPlanner, MissRates
@@ -31,10 +32,10 @@ class ReplaySettings:
     ``fresh_per_request`` empties the cache and forgets all history whenever the request changes; with
     ``keep_learned`` only the cache is emptied, and what policy and predictor have learned goes on. ``predictor``
     names what foretells the next event of a decoded token (None: nothing is prefetched), and ``prefetch_limit`` the
-    most experts that it may ask for (None: half of what a token takes). ``record_bytes`` gives the bytes, and with
-    ``hardware`` the seconds; without hardware a prefetch arrives before the next event. ``miss`` other than ``fetch``
-    lets the CPU compute misses of decoded tokens where they lie (:class:`cache.misses.MissPlanner`); it needs hardware
-    with a link, a CPU and no disk, all records being in RAM.
+    most experts that it may ask for (None: what :func:`cache.guesses.guesses_of` says). ``record_bytes`` gives the
+    bytes, and with ``hardware`` the seconds; without hardware a prefetch arrives before the next event. ``miss`` other
+    than ``fetch`` lets the CPU compute misses of decoded tokens where they lie (:class:`cache.misses.MissPlanner`); it
+    needs hardware with a link, a CPU and no disk, all records being in RAM.
     """
 
     policy: str = "foresight"
@@ -119,7 +120,7 @@ class _Counts:
         self.layers = tuple(layers)
         self.cold, self.steady = ({layer: [0] * len(PART_COLUMNS) for layer in layers} for _ in range(2))
         self.prediction = [0, 0, 0]
-        self.seconds = np.zeros((2, 5))  # prefill and decode: the fields of Seconds
+        self.seconds = np.zeros((2, 7))  # prefill and decode: the fields of Seconds
 
     def result(self, settings: ReplaySettings) -> ReplayResult:
         def part(rows: dict[int, list[int]]) -> Part:
@@ -153,10 +154,12 @@ class _Replay:
         # what knows the future must be told of all of it, so its events do not stream
         self.recent = {} if is_simulation_only(settings.policy) else events.recent
         self.predictor = None
+        self.worth = GuessWorth()
         self.limit = 0
         if settings.predictor is not None:
             self.predictor = make_predictor(settings.predictor, PredictorContext(layers, experts, events))
-            self.limit = settings.prefetch_limit or max(1, _experts_of_a_token(events) // 2)
+            link = settings.hardware is not None and settings.hardware.link_bytes_per_s is not None
+            self.limit = settings.prefetch_limit or guesses_of(_experts_of_a_token(events), link)
             if training is not None and not self.predictor.simulation_only:
                 for layer, decode, chosen in _rows(training):
                     self.predictor.record_event(layer, chosen, decode=decode)
@@ -211,6 +214,9 @@ class _Replay:
             del self.ahead[key]
             cache.commit(key)
         evicted = cache.counters.evictions
+        used = row[_USED]
+        if self.planner is not None:  # what has not begun need not be copied: the CPU can compute it
+            self._drop_late(row, layer)
         found = cache.lookup(layer, experts, decode=decode, recent=recent)
         arrival = self._sort_prefetches(row, layer, found)
         on_cpu: list[ExpertKey] = []
@@ -225,6 +231,7 @@ class _Replay:
             arrival = max(arrival, timeline.demand(len(loads.misses)))
         if self.predictor is not None:
             self._check_guesses(layer, decode, experts)
+            self.worth.record_event(layer, experts, decode=decode)
             self.predictor.record_event(layer, experts, decode=decode)
         self._load(loads, ahead=(layer if decode else None))
         row[_ON_CPU] += len(on_cpu)
@@ -236,7 +243,11 @@ class _Replay:
             timeline.compute(len(found.pending) + len(loads.misses))
             stall, disk, link, now = (after - before for after, before in zip(self._clocks(), began, strict=True))
             done = tokens if layer == self.counts.layers[-1] else 0
-            self.counts.seconds[int(decode)] += now - stall, stall, disk, link, done
+            least = (
+                timeline.link_s(row[_USED] - used + len(loads.misses)),
+                timeline.chain_s(tokens, len(found.hits), len(loads.misses), len(found.pending), len(on_cpu)),
+            )
+            self.counts.seconds[int(decode)] += now - stall, stall, disk, link, *least, done
         row[_EVICTIONS] += cache.counters.evictions - evicted
         return found
 
@@ -308,6 +319,7 @@ class _Replay:
                 self.guessed = after, guesses
             if not guesses:
                 continue
+            guesses = self._worthwhile(after, steps, guesses)
             loads = self.cache.reserve_ahead(self.cache.keys(after, guesses))
             self._count_waste(loads)
             for load in loads:
@@ -325,17 +337,25 @@ class _Replay:
             del self.ahead[key]
             if self.timeline:
                 arrival = max(arrival, self.timeline.finish(key))
+        self._drop_late(row, layer)
+        for key in (*found.hits, *found.pending):
+            if key in self.unused:
+                del self.unused[key]
+                row[_USED] += 1
+        return arrival
+
+    def _worthwhile(self, layer: int, steps: int, guesses: list[int]) -> list[int]:
+        keys = self.cache.keys(layer, guesses)
+        absent = {key.expert for key in keys if self.cache.state(key) is SlotState.EMPTY}
+        return self.worth.choose(layer, steps, guesses, absent)
+
+    def _drop_late(self, row: list[int], layer: int) -> None:
         for key in [key for key in self.ahead if key.layer == layer]:
             if self.timeline and self.timeline.drop(key):
                 del self.ahead[key]
                 self.unused.pop(key, None)
                 self.cache.abandon(key)
                 row[_DROPPED] += 1
-        for key in (*found.hits, *found.pending):
-            if key in self.unused:
-                del self.unused[key]
-                row[_USED] += 1
-        return arrival
 
     def _count_waste(self, loads: Sequence[Reservation]) -> None:
         for load in loads:
@@ -387,8 +407,8 @@ def _planner(settings: ReplaySettings) -> tuple[MissPlanner | None, ExpertWork]:
 
 
 def _seconds(row: list[float]) -> Seconds:
-    compute, stall, disk, link, tokens = row
-    return Seconds(compute, stall, disk, link, int(tokens))
+    *seconds, tokens = row
+    return Seconds(*seconds, int(tokens))
 
 
 def _rows(events: Events) -> Iterator[tuple[int, bool, list[int]]]:

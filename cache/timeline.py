@@ -76,6 +76,15 @@ class Timeline:
         self.now += max(experts * self._expert_s, cpu)
         self.cpu_busy += cpu
 
+    def link_s(self, loads: int) -> float:
+        """What so many copies take the link; 0 without one."""
+        return 0.0 if self._link_s is None else loads * (self._link_s + (self._load_s if self._disk_s is None else 0.0))
+
+    def chain_s(self, tokens: int, hits: int, misses: int, pending: int, on_cpu: int) -> float:
+        """The least time of an event: what comes before its router, then hits beside copies, then what was copied."""
+        beside = max(hits * self._expert_s, on_cpu * self._host_s, self.link_s(misses))
+        return self._event_s + tokens * self._dense_s + beside + (misses + pending) * self._expert_s
+
     def wait(self, until: float) -> None:
         if until > self.now:
             self.stall += until - self.now

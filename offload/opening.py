@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from cache.cache_log import CacheSetup, LoggedCache
 from cache.expert_cache import ExpertCache
+from cache.guesses import guesses_of
 from cache.machines import Machine, MachineError, load_machine
 from cache.trace import TraceRecorder
 from cache.usage import ExpertUsage
@@ -63,7 +64,7 @@ from offload.model.families.deepseek_v4 import foretell_by_tokens
 from offload.model.kv_cache import kv_row_memory, new_kv_cache
 from offload.model.norms import fuse_norms
 from offload.model.packed import can_pack
-from offload.model.prefetch import guesses_of, make_prefetcher
+from offload.model.prefetch import make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import count_weights, load_skeleton, skeleton_bytes
@@ -189,7 +190,8 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     host_experts = None if host_side is None else host_side.experts(settings.miss, on_event)
     ahead = settings.prefetch_bytes
     if ahead is None:
-        ahead = len(modules) * guesses_of(experts_per_token(model.config)) * plan.sizes.slot_bytes
+        each = guesses_of(experts_per_token(model.config), link=loads.link is not None)
+        ahead = len(modules) * each * plan.sizes.slot_bytes
     runtime = ExpertRuntime(
         cache, arena, loads, file, weight_format, compute, recorder, predictor, usage, host_experts, ahead
     )

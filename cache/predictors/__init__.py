@@ -5,7 +5,7 @@ from __future__ import annotations
 from cache.predictors.base import Predictor, PredictorContext, PredictorError, State
 from cache.predictors.layer_markov import LayerMarkov
 from cache.predictors.next_gate import NextGatePrediction
-from cache.predictors.oracle import Oracle
+from cache.predictors.oracle import Oracle, Recalling
 from cache.predictors.popularity import Popularity
 from cache.predictors.previous_token import PreviousToken
 
@@ -35,7 +35,13 @@ def runtime_predictors() -> list[str]:
 
 
 def make_predictor(name: str, context: PredictorContext) -> Predictor:
-    """A fresh predictor. Raises PredictorError for an unknown name; the message says which there are."""
+    """A fresh predictor; ``oracle:R`` is one that is right in a share of R.
+
+    Raises PredictorError for an unknown name; the message says which there are.
+    """
+    kind, _, recall = name.partition(":")
+    if kind == Oracle.name and recall:
+        return Recalling(context, recall)
     if name not in PREDICTORS:
         raise PredictorError(f"unknown predictor '{name}'; there are {', '.join(runtime_predictors())}")
     return PREDICTORS[name](context)

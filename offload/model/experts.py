@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from cache.events import by_rank
 from cache.expert_cache import ExpertCache, Lookup, SlotState
+from cache.guesses import guesses_of
 from cache.keys import ExpertKey
 from cache.misses import MOST_ADMITTED
 from cache.trace import DECODE, PREFILL, TraceRecorder
@@ -144,6 +145,8 @@ class ExpertRuntime:
             groups = ([chosen[token] for token in group] for group in self.current.recent)
             recent = [by_rank(group, module.num_experts) for group in groups]
         self._begin_pass()
+        if self.host_experts is not None:  # what has not begun need not be copied: the CPU can compute it
+            self._drop_late(layer)
         found = self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent)
         event_keys = [*found.hits, *found.pending, *found.misses]
         absent = sum(ExpertKey(layer, expert) not in self._held for expert in experts)
@@ -168,10 +171,10 @@ class ExpertRuntime:
                 on_cpu = self.host_experts.begin(layer, hidden, chosen, found)
                 misses = [key for key in misses if on_cpu is None or key not in on_cpu.keys]
             loading += self._start_loads(misses)  # before the hits compute, so that both happen at once
-            if on_cpu is not None and not misses:
-                self._admit(on_cpu.keys, recent)
             if self.predictor is not None and self.current.decode and not misses and len(hidden) == 1:
-                self._prefetch(self.predictor.guesses(layer, hidden, top_k_index.shape[1]))
+                self._prefetch(self._guesses(self.predictor, layer, hidden, top_k_index.shape[1]))
+            if on_cpu is not None and not misses:  # behind what is foretold: that is wanted sooner
+                self._admit(on_cpu.keys, recent)
             while hits:
                 some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
                 del hits[: len(some)]
@@ -322,6 +325,14 @@ class ExpertRuntime:
             self.cache.abandon(key)
             self._unused.discard(key)
 
+    def _guesses(self, predictor: Prefetcher, layer: int, hidden: torch.Tensor, top_k: int) -> Iterator[Guess]:
+        """What is foretold after ``layer``, without what is not worth a copy."""
+        found = predictor.guesses(layer, hidden, guesses_of(top_k, link=self.loads.link is not None))
+        for steps, (after, experts) in enumerate(found, 1):
+            keys = self.cache.keys(after, experts)
+            absent = {key.expert for key in keys if self.cache.state(key) is SlotState.EMPTY}
+            yield after, predictor.worth.choose(after, steps, experts, absent)
+
     def _prefetch(self, guesses: Iterable[Guess]) -> None:
         """Load what the next events will probably need, in time that the lanes have left.
 
@@ -360,13 +371,16 @@ class ExpertRuntime:
             if ticket := self._ahead.pop(key, None):
                 ticket.promote()
                 self._tickets[key] = ticket
-        for key in [key for key in self._ahead if key.layer == layer]:
-            if self._ahead[key].drop():
-                self._settle(key, self._ahead)
+        self._drop_late(layer)
         if self._unused:
             used = self._unused.intersection(found.hits) | self._unused.intersection(found.pending)
             self._unused -= used
             self.transfers.prefetch_used += len(used)
+
+    def _drop_late(self, layer: int) -> None:
+        for key in [key for key in self._ahead if key.layer == layer]:
+            if self._ahead[key].drop():
+                self._settle(key, self._ahead)
 
     def _weights(self, key: ExpertKey) -> Weights:
         assert self.cache.state(key) is SlotState.READY

@@ -124,6 +124,24 @@ def test_a_prefetch_takes_free_slots_and_cold_ones_but_few() -> None:
     assert ExpertCache(3, make_policy("lru")).reserve_ahead([key(1)]) == [], "a tiny cache has no slot to spare"
 
 
+def test_what_was_loaded_ahead_stays_until_its_event() -> None:
+    cache = ExpertCache(8, make_policy("lru"))
+    serve(cache, 0, *range(8))
+    cache.lookup(0, [0])
+    ahead = [load.key for load in cache.reserve_ahead([key(8, layer=2), key(9, layer=2)])]
+    assert ahead == [key(8, layer=2), key(9, layer=2)]
+    for wanted in ahead:
+        cache.commit(wanted)
+    cache.end_event()
+    serve(cache, 1, *range(6))
+    assert cache.resident() == {*ahead, *(key(expert, layer=1) for expert in range(6))}, "the coldest, but foretold"
+    serve(cache, 3, *range(7))
+    assert ahead[0] not in cache.resident() and ahead[1] in cache.resident(), "they go when nothing else is left"
+    serve(cache, 2, 1)
+    serve(cache, 3, *range(7))
+    assert ahead[1] not in cache.resident(), "its event has come and did not want it"
+
+
 def test_a_load_that_nobody_waits_for_must_repay_its_victim() -> None:
     cache = ExpertCache(8, make_policy("lru"))
     serve(cache, 0, *range(7))

@@ -123,3 +123,15 @@ def test_unknown_and_impossible_predictors() -> None:
     with pytest.raises(PredictorError, match="future"):
         make_predictor("oracle", CONTEXT)
     assert set(PREDICTORS) - set(runtime_predictors()) == {"oracle"}
+
+
+@pytest.mark.parametrize("recall", [0.5, 0.9])
+def test_an_oracle_of_some_recall(recall: float) -> None:
+    rng = np.random.default_rng(5)
+    events = events_of([(number % 2, rng.choice(32, 4, replace=False).tolist()) for number in range(600)])
+    found = evaluate(f"oracle:{recall}", events, 32, [4])[0]
+    assert found.recall == pytest.approx(recall, abs=0.05) and found.precision == found.recall
+    assert evaluate("oracle:1", events, 32, [4])[0].recall == 1
+    for wrong in ("oracle:much", "oracle:0", "oracle:1.5"):
+        with pytest.raises(PredictorError, match="recall must be above 0 and at most 1"):
+            evaluate(wrong, events, 32, [4])

@@ -280,3 +280,22 @@ def test_bad_settings_are_refused() -> None:
 def test_an_empty_trace_gives_nothing() -> None:
     result = run(events_of([]), slots=3)
     assert result.hit_rate is None and result.layers == ()
+
+
+@pytest.mark.parametrize("miss", ["fetch", "auto"])
+def test_guesses_over_the_link(miss: str) -> None:
+    """What is foretold well makes tokens faster, and what is foretold badly no slower; nothing beats the least time."""
+    habits = replace(MODELS["qwen3-30b-a3b"], layers=4, requests=1, tokens=96, topic=1.9, overlap=0.56)
+    events = trace_events(synthetic_trace(habits))
+    hardware = replace(HARDWARE["rtx4090"], disk_bytes_per_s=None, dense_s=4 * 77 * 4e-6)
+    found = {}
+    for predictor in (None, "layer-markov", "oracle:0.2", "oracle:0.75", "oracle:0.9"):
+        result = run(
+            events, policy="ewma", scope="global", slots=128, record_bytes=2654208, hardware=hardware, miss=miss,
+            predictor=predictor,
+        )  # fmt: skip
+        seconds = result.seconds
+        assert seconds is not None and seconds.compute <= seconds.least <= seconds.total * (1 + 1e-9)
+        found[predictor] = seconds.total
+    assert found["oracle:0.9"] < found["oracle:0.75"] < found[None]
+    assert found["layer-markov"] <= found[None] / 0.98 and found["oracle:0.2"] <= found[None] / 0.98

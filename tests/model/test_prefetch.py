@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from cache.guesses import GuessWorth
 from cache.keys import ExpertKey
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import SamplingSettings
@@ -57,9 +58,11 @@ def test_a_token_prefetches_no_more_bytes_than_it_may(checkpoint: Path, tmp_path
     settings = {"device": device, "residency": 0.5, "prefetch": "next-gate"}
     with open_tiny(checkpoint, tmp_path, **settings) as engine:
         size = engine.plan.sizes.slot_bytes
+        whatever_its_worth(engine)
         free = answer(engine)[1]
         assert free.bytes.prefetched == free.experts.prefetched * size
-        assert free.experts.prefetched <= 4 * free.decode_passes, "auto: half of top 2, in 4 layers"
+        most = 8 if device == "simulated" else 4
+        assert free.experts.prefetched <= most * free.decode_passes, "auto: top 2, or half of it, in 4 layers"
     with open_tiny(checkpoint, tmp_path, prefetch_bytes=2 * size - 1, **settings) as engine:
         each: list[int] = []
         real = engine._runtime.end_token
@@ -69,11 +72,26 @@ def test_a_token_prefetches_no_more_bytes_than_it_may(checkpoint: Path, tmp_path
             real(seconds)
 
         engine._runtime.end_token = end_token  # type: ignore[method-assign]
+        whatever_its_worth(engine)
         stats = answer(engine)[1]
         assert max(each) == size, "two do not fit"
         assert 0 < stats.bytes.prefetched < free.bytes.prefetched
     with open_tiny(checkpoint, tmp_path, prefetch_bytes=size - 1, **settings) as engine:
         assert answer(engine)[1].experts.prefetched == 0
+
+
+def whatever_its_worth(engine: Engine) -> None:
+    """A random model's routers foretell little, which is not worth a copy."""
+    engine._runtime.predictor.worth = GuessWorth(least=0)  # type: ignore[union-attr]
+
+
+def test_guesses_that_do_not_come_true_are_not_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    with open_tiny(checkpoint, tmp_path, prefetch="next-gate", residency=0.5, device="simulated") as engine:
+        chosen = answer(engine)[1].experts
+    with open_tiny(checkpoint, tmp_path, prefetch="next-gate", residency=0.5, device="simulated") as engine:
+        whatever_its_worth(engine)
+        all_of_them = answer(engine)[1].experts
+    assert 0 < chosen.prefetched < all_of_them.prefetched / 2
 
 
 def test_a_failed_prefetch_is_no_error_until_it_is_needed(
@@ -110,17 +128,17 @@ def test_prediction_is_the_next_router_on_this_layers_input(checkpoint: Path, tm
         predictor = engine_predictor(engine)
         hidden = torch.randn(1, model.config.hidden_size, dtype=model.dtype)
         for number in range(2):
-            assert list(predictor.guesses(modules[number], hidden, 2)) == [
+            assert list(predictor.guesses(modules[number], hidden, 1)) == [
                 (modules[after], blocks[after].gate(hidden)[2][0, :1].tolist()) for after in (number + 1, number + 2)
-            ], "the better half of the choice of the next two layers"
+            ], "the first choice of the next two layers"
         assert len(modules) == 4
         last = (modules[3], blocks[3].gate(hidden)[2][0, :1].tolist())
-        assert list(predictor.guesses(modules[2], hidden, 2)) == [last], "nothing is known of the next token"
-        assert list(predictor.guesses(modules[3], hidden, 2)) == []
+        assert list(predictor.guesses(modules[2], hidden, 1)) == [last], "nothing is known of the next token"
+        assert list(predictor.guesses(modules[3], hidden, 1)) == []
         for layer, experts in zip(modules, ([7, 1], [3, 4], [5, 6], [0, 2]), strict=True):
             predictor.record_event(layer, experts, decode=True)
-        assert list(predictor.guesses(modules[2], hidden, 2)) == [last, (modules[0], [7])]
-        assert list(predictor.guesses(modules[3], hidden, 4)) == [(modules[0], [7, 1]), (modules[1], [3, 4])]
+        assert list(predictor.guesses(modules[2], hidden, 1)) == [last, (modules[0], [7])]
+        assert list(predictor.guesses(modules[3], hidden, 2)) == [(modules[0], [7, 1]), (modules[1], [3, 4])]
 
 
 def engine_predictor(engine: Engine) -> NextGate:

@@ -8,12 +8,12 @@ import torch
 
 from cache.events import Events
 from offload.model.prefetch.auto import AutoPrefetch
-from offload.model.prefetch.base import Guess, Prefetcher, guesses_of
+from offload.model.prefetch.base import Guess, Prefetcher
 from offload.model.prefetch.foretold import Foretold
 from offload.model.prefetch.next_gate import NextGate
 from offload.model.transformers_api import ExpertsModule
 
-__all__ = ["Guess", "Prefetcher", "guesses_of", "make_prefetcher"]
+__all__ = ["Guess", "Prefetcher", "make_prefetcher"]
 
 
 def make_prefetcher(

@@ -23,6 +23,7 @@ class AutoPrefetch(Prefetcher):
     """
 
     def __init__(self, model: torch.nn.Module, modules: Sequence[ExpertsModule], earlier: Events | None = None) -> None:
+        super().__init__()
         self._candidates: dict[str, Prefetcher] = {}
         gate = NextGate(model, modules)
         if gate.can_predict:
@@ -35,9 +36,12 @@ class AutoPrefetch(Prefetcher):
             if name == self._trial.arm or not self._trial.resting:
                 candidate.record_event(layer, experts, decode=decode)
 
-    def guesses(self, layer: int, hidden: torch.Tensor, top_k: int) -> Iterator[Guess]:
+    def guesses(self, layer: int, hidden: torch.Tensor, limit: int) -> Iterator[Guess]:
         current = self._candidates.get(self._trial.arm)
-        return iter(()) if current is None else current.guesses(layer, hidden, top_k)
+        if current is None:
+            return iter(())
+        self.worth = current.worth
+        return current.guesses(layer, hidden, limit)
 
     def end_token(self, seconds: float) -> None:
         self._trial.record(seconds)

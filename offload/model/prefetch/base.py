@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from cache.guesses import GuessWorth
 from offload.events import PrefetchTrial
 
 Guess = tuple[int, list[int]]
@@ -14,19 +15,24 @@ Guess = tuple[int, list[int]]
 
 
 class Prefetcher(ABC):
-    """Told of every event, and asked after those of decoded tokens. For the engine thread."""
+    """Told of every event, and asked after those of decoded tokens. For the engine thread.
+
+    ``worth`` judges the guesses; :meth:`record_event` must tell it of every event.
+    """
+
+    def __init__(self) -> None:
+        self.worth = GuessWorth()
 
     @abstractmethod
     def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
         """See :meth:`cache.predictors.Predictor.record_event`."""
 
     @abstractmethod
-    def guesses(self, layer: int, hidden: torch.Tensor, top_k: int) -> Iterator[Guess]:
+    def guesses(self, layer: int, hidden: torch.Tensor, limit: int) -> Iterator[Guess]:
         """What the layers after ``layer`` will need, the next one first, as far as there is anything to go by.
 
         ``hidden`` [1, H] is what the experts of ``layer`` get. After the last layer comes the first one of the next
-        token. Half of ``top_k`` for each layer: three in four of these are used, but only one in two of the others
-        (docs/performance.md). Each is worked out when it is asked for.
+        token. At most ``limit`` for each layer. Each is worked out when it is asked for.
         """
 
     def end_token(self, seconds: float) -> None:  # noqa: B027 - most do not measure
@@ -39,8 +45,3 @@ class Prefetcher(ABC):
     def trial(self) -> PrefetchTrial | None:
         """What was measured, for those that measure. Safe from any thread."""
         return None
-
-
-def guesses_of(top_k: int) -> int:
-    """How many experts are foretold for a layer whose tokens take ``top_k``."""
-    return max(1, top_k // 2)

@@ -8,7 +8,7 @@ import torch
 
 from cache.events import Events
 from cache.predictors import PREFETCH_LAYERS, PredictorContext, make_predictor
-from offload.model.prefetch.base import Guess, Prefetcher, guesses_of
+from offload.model.prefetch.base import Guess, Prefetcher
 from offload.model.transformers_api import ExpertsModule
 
 
@@ -16,6 +16,7 @@ class Foretold(Prefetcher):
     """``name`` is that of the predictor, which learns from ``earlier`` events first."""
 
     def __init__(self, name: str, modules: Sequence[ExpertsModule], earlier: Events | None = None) -> None:
+        super().__init__()
         layers = tuple(sorted(module.layer for module in modules))
         context = PredictorContext(layers, max(module.num_experts for module in modules))
         self._predictor = make_predictor(name, context)
@@ -26,8 +27,9 @@ class Foretold(Prefetcher):
 
     def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
         self._predictor.record_event(layer, experts, decode=decode)
+        self.worth.record_event(layer, experts, decode=decode)
 
-    def guesses(self, layer: int, hidden: torch.Tensor, top_k: int) -> Iterator[Guess]:
+    def guesses(self, layer: int, hidden: torch.Tensor, limit: int) -> Iterator[Guess]:
         for steps in range(1, PREFETCH_LAYERS + 1):
-            if experts := self._predictor.predict(layer, guesses_of(top_k), steps):
+            if experts := self._predictor.predict(layer, limit, steps):
                 yield self._predictor.layer_after(layer, steps), experts

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cache.predictors import PREFETCH_LAYERS
-from offload.model.prefetch.base import Guess, Prefetcher, guesses_of
+from offload.model.prefetch.base import Guess, Prefetcher
 from offload.model.transformers_api import ExpertsModule, Router, find_router
 
 
@@ -24,6 +24,7 @@ class NextGate(Prefetcher):
     """Routers by layer. Layers whose router has another form than a matrix are not predicted."""
 
     def __init__(self, model: torch.nn.Module, modules: Sequence[ExpertsModule]) -> None:
+        super().__init__()
         ordered = sorted(modules, key=lambda found: found.layer)
         routers = [(found.layer, find_router(model, found)) for found in ordered]
         self._layers = [found.layer for found in ordered]
@@ -38,9 +39,10 @@ class NextGate(Prefetcher):
     def record_event(self, layer: int, experts: Sequence[int], *, decode: bool) -> None:
         if layer in self._layers[:PREFETCH_LAYERS]:
             self._before[layer] = list(experts)
+        self.worth.record_event(layer, experts, decode=decode)
 
-    def guesses(self, layer: int, hidden: torch.Tensor, top_k: int) -> Iterator[Guess]:
-        place, limit = bisect.bisect_left(self._layers, layer), guesses_of(top_k)
+    def guesses(self, layer: int, hidden: torch.Tensor, limit: int) -> Iterator[Guess]:
+        place = bisect.bisect_left(self._layers, layer)
         for after in range(place + 1, place + 1 + PREFETCH_LAYERS):
             number = self._layers[after % len(self._layers)]
             if after < len(self._layers):
