@@ -407,8 +407,8 @@ def _planner(settings: ReplaySettings) -> tuple[MissPlanner | None, ExpertWork]:
 
 
 def _seconds(row: list[float]) -> Seconds:
-    *seconds, tokens = row
-    return Seconds(*seconds, int(tokens))
+    compute, stall, disk, link, needed_link, chain, tokens = row
+    return Seconds(compute, stall, disk, link, needed_link, chain, int(tokens))
 
 
 def _rows(events: Events) -> Iterator[tuple[int, bool, list[int]]]:

@@ -179,6 +179,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         _check(bool(self.model.strip()), "--model: the name is empty; give a folder, a hub id (org/name) or 'demo'")
         kind, _, detail = self.device.partition(":")
+        _check(kind != "mps", "--device mps: there is none yet; use --device cpu (docs/devices.md says why)")
         _check(
             kind in DEVICES and (not detail or kind in ("cuda", "simulated")),
             f"--device: '{self.device}' is not one of {', '.join(DEVICES)}, cuda:NUMBER or simulated:HARDWARE",

@@ -213,6 +213,8 @@ def test_bad_engine_values_name_their_flag(name: str, value: Any, flag: str) -> 
 
 
 def test_unknown_device_lists_the_devices() -> None:
+    with pytest.raises(UsageError, match="--device mps: there is none yet; use --device cpu"):
+        EngineSettings(device="mps")
     with pytest.raises(UsageError, match=r"--device: 'tpu' is not one of auto, cpu"):
         EngineSettings(device="tpu")
 

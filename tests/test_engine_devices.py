@@ -188,6 +188,9 @@ def test_vram_is_bounded(engine: Engine) -> None:
     memory = engine.stats().memory
     assert memory.vram_budget_bytes is not None and memory.vram_peak_bytes is not None
     assert engine.plan.slots * engine.plan.sizes.slot_bytes < memory.vram_peak_bytes <= memory.vram_budget_bytes
+    assert isinstance(engine.plan, TierPlan)
+    assert memory.vram_budget_bytes == engine.plan.vram_budget, "the context is in both"
+    assert engine.snapshot().vram_bytes >= engine.plan.vram.reserved + engine.plan.slots * engine.plan.sizes.slot_bytes
 
 
 def test_memory_that_is_refused_at_run_time_costs_slots_and_is_said(

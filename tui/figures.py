@@ -23,9 +23,8 @@ class Rates:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """``conversation`` are the rates since it began; ``window_tokens`` are those that ``window`` and the shares of time
-    are taken over. Memory that a tier does not have is None in used and budget alike; ``vram_set_aside`` is what of
-    ``--vram`` the device keeps for itself, on top of that budget. ``virtual``: times are those of a simulated machine.
-    ``prefetch_auto`` is what ``--prefetch auto`` found, if that is chosen.
+    are taken over. Memory that a tier does not have is None in used and budget alike. ``virtual``: times are those of
+    a simulated machine. ``prefetch_auto`` is what ``--prefetch auto`` found, if that is chosen.
     """
 
     tokens_per_s: float | None
@@ -51,7 +50,6 @@ class Figures:
     prefetch_auto: str | None
     computed_on_cpu: int | None
     has_link: bool
-    vram_set_aside: int = 0
     virtual: bool = False
 
 
@@ -112,7 +110,6 @@ def figures(snapshot: CacheSnapshot, context_tokens: int, begun: RunStats | None
         prefetch_auto=stats.prefetch_auto.describe() if stats.prefetch_auto is not None else None,
         computed_on_cpu=stats.experts.computed_on_cpu,
         has_link=has_link,
-        vram_set_aside=max(0, (snapshot.current.vram or 0) - (stats.memory.vram_budget_bytes or 0)) if has_link else 0,
         virtual=stats.virtual,
     )
 

@@ -74,8 +74,6 @@ def panel_lines(
     ]
     if figures.vram_budget is not None:
         lines += _meter("VRAM", figures.vram_used, figures.vram_budget, format_size, width)
-        if figures.vram_set_aside:
-            lines.append(_row("", f"+ {format_size(figures.vram_set_aside)} for its context", "dim", width))
     lines += _meter("RAM", figures.ram_used, figures.ram_budget, format_size, width)
     for tier in figures.tiers:
         lines.append(_row(f"{tier.name} slots", f"{tier.used} of {tier.slots} hold experts", "", width))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -154,7 +154,11 @@ class _QuantizedEvent(RowEvent):
             kernels.combine(self._products, self._routed, self._token_of, output)
             return output
         total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        total.index_add_(0, self._token_of, self._products * self._routed[:, None])
+        weighted = self._products * self._routed[:, None]
+        if hidden.device.type == "cpu":
+            total.index_add_(0, self._token_of, weighted)  # in the order of the rows
+        else:
+            add_in_order(total, self._token_of, weighted, self._rows.values())
         return total.to(hidden.dtype)
 
     def _states(self) -> torch.Tensor:
@@ -238,6 +242,17 @@ class _QuantizedEvent(RowEvent):
         if self._module.has_post_expert_norm:
             normed = self._module.post_expert_norm(self._products[rows].to(self._hidden.dtype))
             self._products[rows] = normed.float()
+
+
+def add_in_order(
+    total: torch.Tensor, token_of: torch.Tensor, rows: torch.Tensor, parts: Iterable[tuple[int, int]]
+) -> None:
+    """``total`` [T, H] += ``rows`` [R, H], each to its token, one expert after the other: the bits of the CPU's
+    ``index_add_``. A card adds a token.s rows there in any order, so that the same event gave other bits each time;
+    within one expert's rows, first row and count in ``parts``, a token comes once.
+    """
+    for first, count in parts:
+        total.index_add_(0, token_of[first : first + count], rows[first : first + count])
 
 
 def in_calls(jobs: Sequence[KernelJob], most: int) -> Iterator[list[KernelJob]]:

@@ -156,7 +156,10 @@ class Passage(ABC):
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of the device's own memory: allocated now, at most so far, and the budget that is never exceeded."""
+    """Bytes of the device's own memory: used now, at most so far, and the budget that is never exceeded.
+
+    All three count what the context and the libraries take (:meth:`Device.reserved_bytes`), as ``--vram`` does.
+    """
 
     used: int
     peak: int
@@ -219,7 +222,7 @@ class Device(ABC):
         return 0
 
     def set_budget(self, size: int) -> None:  # noqa: B027 - a device without memory of its own has nothing to bound
-        """Never let this process have more than ``size`` bytes of the device's memory."""
+        """Never let this process allocate more than ``size`` bytes of the device's memory, beside the context."""
 
     def memory(self) -> DeviceMemory | None:
         """What this process has of the device's own memory."""

@@ -275,8 +275,11 @@ class CudaDevice(Device):
         torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
 
     def memory(self) -> DeviceMemory | None:
-        used = int(torch.cuda.memory_reserved(self.torch_device))
-        return DeviceMemory(used, int(torch.cuda.max_memory_reserved(self.torch_device)), self._budget)
+        used, peak = (
+            int(held(self.torch_device)) + _LIBRARIES_BYTES
+            for held in (torch.cuda.memory_reserved, torch.cuda.max_memory_reserved)
+        )
+        return DeviceMemory(used, peak, min(self._budget + _LIBRARIES_BYTES, self.total_memory()))
 
     def place(self, model: Any) -> None:
         """The loader puts parameters and buffers here; quantised weights come from the CPU."""

@@ -17,7 +17,7 @@ from offload.checkpoint.formats import get_format
 from offload.compute.kernels import load_kernels
 from offload.compute.matrix import QuantizedMatrix, decode
 from offload.compute.product import Products
-from offload.compute.quantized_experts import QuantizedExperts
+from offload.compute.quantized_experts import QuantizedExperts, add_in_order
 from offload.config import SamplingSettings
 from offload.events import Token
 from offload.model.transformers_api import gates_with_silu
@@ -230,3 +230,19 @@ def test_the_same_text_at_any_cache_size(architecture: str, tmp_path: Path) -> N
             texts.append([event.id for event in events if isinstance(event, Token)])
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) == 12
+
+
+def test_one_expert_after_the_other_gives_the_bits_of_all_rows_at_once() -> None:
+    """What a card must do to give the same sum every time changes nothing on the CPU."""
+    torch.manual_seed(4)
+    counts, tokens = [3, 5, 1, 7, 4], 8
+    token_of = torch.cat([torch.randperm(tokens)[:count] for count in counts]).to(torch.int32)
+    rows = torch.randn(sum(counts), 33) * torch.logspace(-3, 3, sum(counts))[:, None]
+    starts = [sum(counts[:number]) for number in range(len(counts))]
+    at_once, in_turn = torch.zeros(2, tokens, 33).unbind()
+    at_once.index_add_(0, token_of, rows)
+    add_in_order(in_turn, token_of, rows, zip(starts, counts, strict=True))
+    assert torch.equal(at_once, in_turn)
+    other = torch.zeros(tokens, 33)
+    add_in_order(other, token_of, rows, [*zip(starts, counts, strict=True)][::-1])
+    assert not torch.equal(other, in_turn), "the order matters"

@@ -65,20 +65,12 @@ def test_rows_of_a_gpu_come_with_it() -> None:
     )
     token = TokenSample(6, 0, 4, 1_000_000, 0.1, 0.01, link_bytes=3_000_000, stall_link=0.02)
     tiers = (TierUse("VRAM", 5, 8, 60), TierUse("RAM", 20, 20, 40))
-    page = shown(
-        figures(
-            snapshot(
-                stats=stats, recent=[token], tiers=tiers, vram_bytes=2**32, current=LiveChanges(vram=2**33 + 2**29)
-            ),
-            4096,
-        )
-    )
+    page = shown(figures(snapshot(stats=stats, recent=[token], tiers=tiers, vram_bytes=2**32), 4096))
     assert "simulated" not in page
     virtual = snapshot(stats=replace(stats, virtual=True))
     assert "Speed (simulated)" in (page_of := shown(figures(virtual, 4096))) and "Time (simulated)" in page_of
     for line in (
         "VRAM        4.00 GiB of 8.00 GiB",
-        "            + 512 MiB for its context",
         "VRAM slots  5 of 8 hold experts",
         "in VRAM     60.0 %",
         "in RAM      40.0 %",

@@ -84,7 +84,8 @@ class SimulatedDevice(Device):
         self.vram.budget = size
 
     def memory(self) -> DeviceMemory | None:
-        return DeviceMemory(self.vram.used, self.vram.peak, self.vram.budget)
+        used, peak, budget = (size + CONTEXT_BYTES for size in (self.vram.used, self.vram.peak, self.vram.budget))
+        return DeviceMemory(used, peak, min(budget, self.vram.total))
 
     @torch.inference_mode()  # or views of what is placed could not be taken in inference mode
     def place(self, model: PreTrainedModel) -> None:
