@@ -32,6 +32,7 @@ KV_CACHES = ("dynamic", "fp8")
 PREFETCHES = ("off", "auto", "next-gate", "layer-markov", "previous-token", "popularity")
 SCOPES = ("layer", "global")
 MISSES = ("auto", "fetch", "cpu")
+GRAPHS = ("auto", "on", "off")
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -158,6 +159,7 @@ class EngineSettings:
     format: str = "native"
     dense_format: str = "native"
     kernels: str = "auto"
+    graphs: str = "auto"
     kv_cache: str = "dynamic"
     policy: str = DEFAULT_POLICY
     scope: str = DEFAULT_SCOPE
@@ -188,6 +190,7 @@ class EngineSettings:
             ("--format", self.format, FORMATS),
             ("--dense-format", self.dense_format, DENSE_FORMATS),
             ("--kernels", self.kernels, KERNELS),
+            ("--graphs", self.graphs, GRAPHS),
             ("--kv-cache", self.kv_cache, KV_CACHES),
             ("--scope", self.scope, SCOPES),
             ("--prefetch", self.prefetch, PREFETCHES),

@@ -30,6 +30,7 @@ from offload.generation.passes import Passes
 from offload.generation.row_passes import RowPasses
 from offload.generation.sampling import Sampler, stop_ids
 from offload.generation.scoring import score_chunk, score_pieces
+from offload.graph_choice import GraphChoice
 from offload.host_side import HostSide
 from offload.learning import check_earlier
 from offload.live import LiveMethods, LiveView, Recording, Watched, save_file
@@ -98,6 +99,7 @@ class Engine(LiveMethods):
         modules: list[ExpertsModule],
         settings: EngineSettings,
         host_side: HostSide | None,
+        graphs: GraphChoice,
     ) -> None:
         self._model = model
         self._decoding = decoding
@@ -122,6 +124,7 @@ class Engine(LiveMethods):
         self._closed = False
         self._rooms = Rooms(runtime, storage, plan)
         self._passes = Passes(model, storage.device, runtime, self._kv, self._rooms, self._prefill_chunk)
+        self._passes.use_graphs(graphs, self.context_tokens, plan.sizes.graph_bytes)
         self._form = AnswerForm.of(encoder.tokenizer)
         self._stop_ids = stop_ids(generation_config, encoder.end_ids())
         self._vocabulary: int = model.config.get_text_config().vocab_size
@@ -181,7 +184,7 @@ class Engine(LiveMethods):
         """
         if self.rows_at_once == 1:
             raise UsageError("this engine answers one row at a time; open it with a larger --batch-size")
-        self.reset()
+        self._kv.reset(release=True)
         self._runtime.cancelled.clear()
         return self._generate_rows(take)
 
@@ -244,6 +247,7 @@ class Engine(LiveMethods):
 
     def _stats_of(self, sums: Tally) -> RunStats:
         stats = run_stats(sums, self._labels, self.plan, self._device, self._seed)
+        stats = dataclasses.replace(stats, graphs=self._passes.graph_use)
         prefetcher = self._runtime.predictor
         return dataclasses.replace(stats, prefetch_auto=prefetcher.trial) if prefetcher is not None else stats
 
@@ -296,6 +300,7 @@ class Engine(LiveMethods):
         if self._closed:
             return
         self._closed = True
+        self._passes.close()
         self._runtime.close()
         if self._host_side is not None:
             self._host_side.close()

@@ -182,6 +182,23 @@ class PrefetchTrial:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphUse:
+    """How the skeleton's operations are launched while one token is decoded (``--graphs``).
+
+    ``reason``: why not as graphs. A token takes ``graphs`` launches then, in the place of ``operations``, of which one
+    may be several kernels; both are 0 until one was recorded. ``tokens`` were run that way. ``held_bytes`` is what the
+    device's memory lost to them.
+    """
+
+    used: bool
+    reason: str | None = None
+    graphs: int = 0
+    operations: int = 0
+    tokens: int = 0
+    held_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RunStats:
     """Statistics of one generation or of a whole session. Field names are those of ``--stats-json``.
 
@@ -190,7 +207,7 @@ class RunStats:
     ``decode_passes`` are the forward passes in which rows only decoded; ``prefill_passes`` ran ``prefilled_tokens``.
     ``miss`` is None where slots are host memory. ``virtual``: seconds and rates are not this machine's but those that a
     simulated one would have.
-    ``prefetch_auto`` is None unless ``prefetch`` is "auto".
+    ``prefetch_auto`` is None unless ``prefetch`` is "auto"; ``graphs`` is None where a device has none.
     """
 
     model: str
@@ -219,6 +236,7 @@ class RunStats:
     host_tier: TierStats | None = None
     virtual: bool = False
     prefetch_auto: PrefetchTrial | None = None
+    graphs: GraphUse | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``--stats-json`` writes."""

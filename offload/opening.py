@@ -36,10 +36,18 @@ from offload.devices import Device, get_device
 from offload.devices.on_paper import PaperDevice
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.events import Notice, Planned
+from offload.graph_choice import NOTHING_TO_LAUNCH, GraphChoice, why_no_graphs
 from offload.host_side import NOTHING_TO_CHOOSE, HostSide, modules_on_host
 from offload.learning import earlier_events
 from offload.live import LiveView
-from offload.memory.activations import activation_bytes, experts_per_token, host_compute_bytes, row_bytes, staged_bytes
+from offload.memory.activations import (
+    activation_bytes,
+    experts_per_token,
+    graph_bytes,
+    host_compute_bytes,
+    row_bytes,
+    staged_bytes,
+)
 from offload.memory.chunk import CANDIDATES as CHUNKS
 from offload.memory.chunk import choose_chunk
 from offload.memory.estimate import Work
@@ -187,6 +195,8 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         host_side = HostSide(settings, source, host_modules, storage, file)
     elif settings.miss != "auto":
         on_event(Notice(f"--miss {settings.miss}: {NOTHING_TO_CHOOSE}"))
+    if not device.has_graphs and settings.graphs == "on":
+        on_event(Notice(f"--graphs on: {NOTHING_TO_LAUNCH}"))
     host_experts = None if host_side is None else host_side.experts(settings.miss, on_event)
     ahead = settings.prefetch_bytes
     if ahead is None:
@@ -226,6 +236,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         "live": LiveView(runtime, usage, storage),
         "new_recorder": new_recorder,
         "modules": modules,
+        "graphs": GraphChoice.of(settings, device, shares_passes(settings, source), model.dtype),
         "settings": settings,
     }
 
@@ -284,6 +295,7 @@ def _plan(
         activations = _activations(settings, source, context, chunk, rows, held)
         activations += sizes.row_memory.unpacked * max(context, rows * row_tokens)
         computing = 0 if device.unified else _host_computing(settings, source, context, chunk)
+        with_graphs = device.has_graphs and why_no_graphs(settings, device, shares_passes(settings, source)) is None
         return replace(
             sizes,
             rows=rows,
@@ -291,6 +303,7 @@ def _plan(
             kv_bytes=held,
             activation_bytes=activations,
             host_compute_bytes=computing,
+            graph_bytes=_graphs(source, context, sizes.row_memory.fixed) if with_graphs else 0,
         )
 
     def divided(with_rows: ModelSizes) -> AnyPlan:
@@ -382,6 +395,10 @@ def _host_computing(settings: EngineSettings, source: CheckpointSource, context:
     if source.method and get_format(settings.format).published:
         size += decode_bytes(_expert_shapes(source), itemsize)
     return size
+
+
+def _graphs(source: CheckpointSource, context: int, fixed: int) -> int:
+    return graph_bytes(source.config, source.dtype.itemsize, context, attends_eagerly(source.model), fixed)
 
 
 def _expert_shapes(source: CheckpointSource) -> list[tuple[int, ...]]:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from offload.devices.recorded import OperationRecorder
+
 CPU = torch.device("cpu")
 
 
@@ -20,7 +22,7 @@ class FakeCuda:
         self.done = False
         self.registered: list[tuple[int, int]] = []
         self.refuse_pinning = False
-        self.made = {"stream": 0, "event": 0}
+        self.made = {"stream": 0, "event": 0, "pool": 0}
         fake = self
 
         class Stream:
@@ -59,6 +61,34 @@ class FakeCuda:
                 fake.registered = [entry for entry in fake.registered if entry[0] != address]
                 return 0
 
+        class CUDAGraph:
+            """Captures on the CPU run what they capture, so the replay that follows one has nothing left to do."""
+
+            def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+                fake.log.append(("graph", "begins", f"pool {pool}", capture_error_mode))
+                self.recorder = OperationRecorder()
+                self.recorder.begin()
+
+            def capture_end(self) -> None:
+                fake.log.append(("graph", "ends"))
+                if fake.refuse_captures:
+                    self.recorder.abort()
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                self.graph = self.recorder.end()
+                self.fresh = True
+
+            def replay(self) -> None:
+                fake.log.append(("graph", "replays"))
+                if not self.fresh:
+                    self.graph.replay()
+                self.fresh = False
+
+        def pool_handle() -> int:
+            fake.made["pool"] += 1
+            return fake.made["pool"]
+
+        self.refuse_captures = False
+        self.CUDAGraph, self.graph_pool_handle = CUDAGraph, pool_handle
         self.Stream, self.Event = Stream, Event
         self.kernels = Stream()
         self.kernels.name = "kernels"
@@ -70,10 +100,11 @@ class FakeCuda:
         yield
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("Stream", "Event", "stream", "cudart"):
+        for name in ("Stream", "Event", "stream", "cudart", "CUDAGraph", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.kernels)
         monkeypatch.setattr(
             torch.Tensor, "record_stream", lambda _, stream: self.log.append((stream.name, "keeps", "memory"))
         )
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.log.append(("host", "empty")))

@@ -18,6 +18,7 @@ from offload.config import (
     DENSE_FORMATS,
     DEVICES,
     FORMATS,
+    GRAPHS,
     KERNELS,
     KV_CACHES,
     MISSES,
@@ -151,6 +152,13 @@ MEMORY_FLAGS = (
         check_text,
         "NAME",
         f"keys and values as they are or in 8 bits: {' or '.join(KV_CACHES)} (default: {KV_CACHES[0]})",
+    ),
+    Flag(
+        "--graphs",
+        check_text,
+        "NAME",
+        "on a GPU, launch what stands between the experts as one while a token is decoded: "
+        f"{', '.join(GRAPHS)} (default: auto, where tests/gpu has found that right on this card)",
     ),
     Flag("--read-workers", whole, "N", f"threads that read experts (default: {EngineSettings().read_workers})"),
 )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from offload.compute.base import ExpertCompute
     from offload.compute.grouped import GroupedKernels
     from offload.devices.clock import LoadTiming
+    from offload.devices.graphs import GraphRecorder
 
 OnProgress = Callable[[int, int], None]
 
@@ -181,6 +182,8 @@ class Device(ABC):
     virtual: bool = False
     machine: Machine | None = None
     """The named machine that it stands for, if it does."""
+    has_graphs: bool = False
+    """Whether :meth:`graphs` gives something."""
     groups_attention: bool = True
     """Whether runs with quantised weights attend as ``model/attention.py`` does; a GPU has better."""
 
@@ -246,6 +249,14 @@ class Device(ABC):
 
         Where it should have them but they do not work, ``failed`` is told why.
         """
+        return None
+
+    def graphs(self, dtype: torch.dtype) -> GraphRecorder | None:
+        """What records operations to launch them together, for a model of ``dtype``, where the device can do that."""
+        return None
+
+    def card(self) -> str | None:
+        """What graphs were tried on and what they depend on, where that must be known: card, driver, torch."""
         return None
 
     def out_of_memory(self, error: BaseException) -> bool:

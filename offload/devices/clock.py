@@ -7,6 +7,8 @@ link; disk and link serve demand before prefetch, one load at a time, and do not
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cache.machines import Machine
@@ -95,14 +97,26 @@ class VirtualClock:
         self.kernels_free_at = 0.0
         self.stall_disk = self.stall_link = 0.0
         self._disk, self._up, self._down_free_at = _Lane(), _Lane(), 0.0
+        self._in_graph = False
 
     def launch(self, moved: float, flops: float = 0.0, extra: float = 0.0) -> float:
         """A kernel that moves so many bytes of device memory; returns when it is done."""
         machine = self.machine
-        self.now += machine.launch_s
+        if not self._in_graph:
+            self.now += machine.launch_s
         busy = max(moved / machine.expert_bytes_per_s, flops / machine.flops_per_s) + extra
         self.kernels_free_at = max(self.kernels_free_at, self.now) + busy
         return self.kernels_free_at
+
+    @contextmanager
+    def graph(self) -> Iterator[None]:
+        """The kernels inside are launched together, as one."""
+        self.now += self.machine.launch_s
+        self._in_graph = True
+        try:
+            yield
+        finally:
+            self._in_graph = False
 
     def sync(self) -> None:
         """The engine thread waits for the kernels."""

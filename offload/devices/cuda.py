@@ -26,6 +26,7 @@ from offload.errors import BudgetError, DeviceError, UsageError
 if TYPE_CHECKING:
     from offload.checkpoint.formats import WeightFormat
     from offload.compute.grouped import GroupedKernels
+    from offload.devices.graphs import GraphRecorder
 
 _LIBRARIES_BYTES = 256 * 2**20
 """cuBLAS, its workspaces, and kernels that are loaded at their first use; the context is there when this is asked."""
@@ -234,6 +235,7 @@ class CudaLink(Link):
 
 class CudaDevice(Device):
     unified = False
+    has_graphs = True
     groups_attention = False
 
     def __init__(self, number: int) -> None:
@@ -299,6 +301,15 @@ class CudaDevice(Device):
         from offload.compute.grouped import load_grouped
 
         return load_grouped(self.torch_device, weight_format, dtype, failed)
+
+    def graphs(self, dtype: torch.dtype) -> GraphRecorder:
+        from offload.devices.cuda_graphs import CudaGraphs
+
+        return CudaGraphs(self.torch_device, dtype)
+
+    def card(self) -> str:
+        versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, driver {torch._C._cuda_getDriverVersion()}"
+        return f"{torch.cuda.get_device_name(self.torch_device)}, {versions}"
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, torch.cuda.OutOfMemoryError)

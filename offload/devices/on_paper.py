@@ -13,6 +13,7 @@ CONTEXT_BYTES = 512 * 2**20
 
 class PaperDevice(Device):
     unified = False
+    has_graphs = True
 
     def __init__(self, machine: Machine) -> None:
         self.name = machine.title

@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 
 from cache.recent import recent_tokens
 from offload.devices.base import Device
-from offload.events import Notice
+from offload.events import GraphUse, Notice
+from offload.graph_choice import GraphChoice
 from offload.memory.resize import Rooms
 from offload.model.experts import ExpertRuntime, ForwardPass
+from offload.model.graphs import DecodeGraphs
 from offload.model.kv_cache import KVState
 
 
@@ -23,6 +25,8 @@ class Passes:
     ) -> None:
         self.requests = self.forwards = 0
         self.notices: list[Notice] = []
+        self._graphs: DecodeGraphs | None = None
+        self._graph_use: GraphUse | None = None
         self._model = model
         self._device = device
         self._runtime = runtime
@@ -31,6 +35,32 @@ class Passes:
         self._chunk = chunk
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def use_graphs(self, choice: GraphChoice, capacity: int, most_bytes: int) -> None:
+        """Decode one token with graphs, if ``choice`` has any. They and what they work on may take ``most_bytes``."""
+        if choice.recorder is None:
+            self._graph_use = choice.use
+            return
+        self._graphs = DecodeGraphs(
+            self._model,
+            self._device,
+            choice.recorder,
+            self._runtime,
+            self._kv,
+            capacity,
+            most_bytes,
+            self._last_only,
+            lambda text: self.notices.append(Notice(text)),
+        )
+
+    @property
+    def graph_use(self) -> GraphUse | None:
+        return self._graph_use if self._graphs is None else self._graphs.use()
+
+    def close(self) -> None:
+        """Give up the graphs."""
+        if self._graphs is not None:
+            self._graphs.close()
 
     def run(self, tokens: list[int], *, decode: bool, all_positions: bool = False, ends: bool = False) -> torch.Tensor:
         """Run ``tokens`` on top of the KV cache; returns logits [n, V] on the CPU that end with the last position's.
@@ -54,19 +84,26 @@ class Passes:
     @torch.inference_mode()
     def _once(self, tokens: list[int], decode: bool, all_positions: bool, ends: bool) -> torch.Tensor:
         self.forwards += 1
+        logits: torch.Tensor
         recent = recent_tokens([(len(tokens), ends)])
         self._runtime.current = ForwardPass(
             self.requests - 1, len(self._kv.tokens), self.forwards - 1, decode, recent=recent
         )
         try:
             with self._device.running():
+                if self._graphs is not None and decode and len(tokens) == 1 and not all_positions:
+                    replayed = self._graphs.run(tokens[0])
+                    if replayed is not None:
+                        logits = replayed.to("cpu", copy=True)  # the next pass writes to the same place
+                        self._kv.tokens += tokens
+                        return logits
                 output = self._model(
                     input_ids=torch.tensor([tokens], device=self._device.torch_device),
                     past_key_values=self._kv.cache,
                     use_cache=True,
                     **({} if all_positions else self._last_only),
                 )
-                logits: torch.Tensor = output.logits[0].to("cpu")
+                logits = output.logits[0].to("cpu")
         except BaseException:
             self._kv.after_failure()
             raise

@@ -12,6 +12,10 @@ _CALL_ROWS = 512  # an expert may bring as many rows as the crossover beyond tho
 _KERNEL_BYTES = 24 * 2**20
 """Compiled kernels and their scratch memory, made at the first prefill (measured: 15 to 28 MiB on 2 cores)."""
 
+_LAYER_GRAPH_BYTES = 4 * 2**20
+_POOL_BYTES = 64 * 2**20
+"""Blocks of the allocator that only graphs use, and the libraries' workspaces for the stream that captures."""
+
 
 def activation_bytes(config: PretrainedConfig, itemsize: int, context: int, chunk: int, eager_attention: bool) -> int:
     """Peak bytes of a forward pass of ``min(chunk, context)`` tokens against a full context.
@@ -79,6 +83,17 @@ def row_bytes(config: PretrainedConfig, itemsize: int, context: int, rows: int, 
         width = _first(text, "qk_nope_head_dim") + _first(text, "qk_rope_head_dim") + _first(text, "v_head_dim")
         size += max(0, tokens - context) * heads * 2 * width * itemsize + tokens * latent
     return size
+
+
+def graph_bytes(config: PretrainedConfig, itemsize: int, context: int, eager_attention: bool, fixed: int) -> int:
+    """What graphs of a decode pass hold, at the whole context: the memory in which they run, their copies of states of
+    ``fixed`` bytes, and what the driver keeps of each kernel.
+
+    The last is an assumption, some 50 KiB for each of about 80 kernels a layer; what a card really takes is looked at.
+    """
+    layers = _first(config.get_text_config(), "num_hidden_layers", "num_layers", default=1)
+    running = activation_bytes(config, itemsize, context, 1, eager_attention)
+    return running + fixed + _POOL_BYTES + layers * _LAYER_GRAPH_BYTES
 
 
 def experts_per_token(config: PretrainedConfig) -> int:

@@ -23,7 +23,8 @@ class ModelSizes:
 
     ``kv_bytes`` is for one conversation, or for the ``rows`` of a batch that are in flight together, whatever they are:
     at least one that fills the context. ``host_compute_bytes`` is the RAM that computing experts takes beside a device
-    with memory of its own. A forward pass has ``chunk_tokens`` at most; ``chunk`` tells why, if the plan chose them.
+    with memory of its own, ``graph_bytes`` what graphs hold of that memory (``--graphs``). A forward pass has
+    ``chunk_tokens`` at most; ``chunk`` tells why, if the plan chose them.
     """
 
     skeleton_bytes: int
@@ -35,6 +36,7 @@ class ModelSizes:
     rows: int = 1
     row_memory: RowMemory = _NO_MEMORY
     host_compute_bytes: int = 0
+    graph_bytes: int = 0
     chunk_tokens: int = DEFAULT_PREFILL_CHUNK
     chunk: ChunkChoice | None = None
 

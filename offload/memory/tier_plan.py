@@ -75,6 +75,7 @@ class TierPlan:
             ("skeleton", sizes.skeleton_bytes, "attention, routers, norms, shared experts, embeddings"),
             ("KV cache", sizes.kv_bytes, sizes.kv_remark),
             ("activations", sizes.activation_bytes, sizes.activation_remark),
+            *([("graphs", sizes.graph_bytes, "of decode passes (--graphs)")] if sizes.graph_bytes else []),
             ("margin", VRAM_MARGIN_BYTES, "the allocator"),
             ("expert slots", slots, self._held(self.slots, self.residency)),
             ("unused", self.vram_budget - vram_fixed(sizes, self.vram) - slots, ""),
@@ -206,7 +207,8 @@ def make_tier_plan(
 
 def vram_fixed(sizes: ModelSizes, vram: Vram) -> int:
     """VRAM of everything but the slots."""
-    return vram.reserved + sizes.skeleton_bytes + sizes.kv_bytes + sizes.activation_bytes + VRAM_MARGIN_BYTES
+    passes = sizes.activation_bytes + sizes.graph_bytes
+    return vram.reserved + sizes.skeleton_bytes + sizes.kv_bytes + passes + VRAM_MARGIN_BYTES
 
 
 def ram_fixed(sizes: ModelSizes, baseline: Baseline, staging: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,10 @@ class ExpertRuntime:
         host_experts: HostExperts | None = None,
         prefetch_bytes: int = 2**63,
     ) -> None:
-        """``prefetch_bytes``: the most that one pass loads on predictions, of whatever lane."""
+        """``prefetch_bytes``: the most that one pass loads on predictions, of whatever lane.
+
+        ``instead``, if somebody set it, is called by the model in the place of :meth:`run`.
+        """
         self.cache = cache
         self.usage = usage
         self.current = ForwardPass()
@@ -109,6 +112,7 @@ class ExpertRuntime:
         self.recorder = recorder
         self.predictor = predictor
         self.host_experts = host_experts
+        self.instead: Callable[..., torch.Tensor] | None = None
         self._most_ahead = prefetch_bytes
         self._left_ahead = prefetch_bytes  # bytes that the current pass may still prefetch
         self._ahead: dict[ExpertKey, LoadTicket] = {}  # prefetches under way
@@ -417,7 +421,8 @@ def _experts_function(
     if hidden_states.is_meta:  # shapes are being worked out for the memory plan
         return torch.zeros_like(hidden_states)
     runtime, layer = module.__dict__["run_local"]
-    return runtime.run(module, layer, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+    run = runtime.run if runtime.instead is None else runtime.instead
+    return run(module, layer, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
 
 
 register_experts_function(_experts_function)

@@ -7,6 +7,7 @@ written. Sliding-window and recurrent layers are bounded and stay as they are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class PreallocatedLayer(DynamicLayer):
         super().lazy_initialization(key_states, value_states)
         self._buffers = buffers
         self._cleared = 0
-        self._show(0)
+        self.show(0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -52,7 +53,7 @@ class PreallocatedLayer(DynamicLayer):
             self._cleared = cleared
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
-        self._show(end)
+        self.show(end)
         return self.keys, self.values
 
     def copy_from(self, other: PreallocatedLayer, tokens: int) -> None:
@@ -66,8 +67,19 @@ class PreallocatedLayer(DynamicLayer):
             raise ValueError(f"{start + tokens} tokens do not fit a KV cache of {self.capacity}")
         return start, start + tokens
 
-    def _show(self, tokens: int) -> None:
+    @property
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """Keys and values as they are kept [1, heads, capacity, width]. They stay the same once the layer has begun."""
+        return self._buffers
+
+    def show(self, tokens: int) -> None:
+        """Make the layer ``tokens`` long: what was written to the buffers beyond its end becomes part of it."""
         self.keys, self.values = (buffer[:, :, :tokens] for buffer in self._buffers)
+
+    def clear(self, tokens: int) -> None:
+        """Make what lies behind the end a number, up to so many tokens: attention may look at it and weigh it zero."""
+        for buffer in self._buffers:
+            buffer[:, :, self.get_seq_length() : tokens].zero_()
 
 
 class Fp8Layer(PreallocatedLayer):
@@ -83,7 +95,7 @@ class Fp8Layer(PreallocatedLayer):
         scales = tuple(self._room(states, 1, torch.float32) for states in both)
         DynamicLayer.lazy_initialization(self, key_states, value_states)
         self._buffers, self._scales = buffers, scales
-        self._show(0)
+        self.show(0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -92,15 +104,22 @@ class Fp8Layer(PreallocatedLayer):
             self.lazy_initialization(key_states, value_states)
         start, end = self._grown(key_states.shape[-2])
         for states, codes, scales in zip((key_states, value_states), self._buffers, self._scales, strict=True):
-            scale = (states.abs().amax(-1, keepdim=True).float() / _FP8_MOST).clamp(min=_LEAST_SCALE)
-            scales[:, :, start:end] = scale
-            codes[:, :, start:end] = (states.float() / scale).to(FP8)
-        self._show(end)
+            codes[:, :, start:end], scales[:, :, start:end] = to_fp8(states)
+        self.show(end)
         keys, values = (
             codes[:, :, :end].to(key_states.dtype).mul_(scales[:, :, :end])
             for codes, scales in zip(self._buffers, self._scales, strict=True)
         )
         return keys, values
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, ...]:
+        """Of keys and of values [1, heads, capacity, 1], as :attr:`buffers`."""
+        return self._scales
+
+    def clear(self, tokens: int) -> None:
+        for buffer in (*self._buffers, *self._scales):
+            buffer.view(torch.uint8)[:, :, self.get_seq_length() : tokens].zero_()
 
     def copy_from(self, other: PreallocatedLayer, tokens: int) -> None:
         assert isinstance(other, Fp8Layer)
@@ -109,10 +128,16 @@ class Fp8Layer(PreallocatedLayer):
         for ours, theirs in ((self._buffers, other._buffers), (self._scales, other._scales)):
             for mine, their in zip(ours, theirs, strict=True):
                 mine[:, :, :tokens] = their[:, :, :tokens]
-        self._show(tokens)
+        self.show(tokens)
 
     def _room(self, states: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         return states.new_empty((*states.shape[:2], self.capacity, width), dtype=dtype)
+
+
+def to_fp8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``states`` [..., width] in 8 bits, and their scales [..., 1]."""
+    scale = (states.abs().amax(-1, keepdim=True).float() / _FP8_MOST).clamp(min=_LEAST_SCALE)
+    return (states.float() / scale).to(FP8), scale
 
 
 LAYERS: dict[str, type[PreallocatedLayer]] = {"dynamic": PreallocatedLayer, "fp8": Fp8Layer}
@@ -126,8 +151,24 @@ def new_kv_cache(config: PretrainedConfig, capacity: int, kind: str = "dynamic")
     return cache
 
 
+class Borrower(ABC):
+    """What may run ahead of a conversation's cache, with tensors of its own."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Bring the cache up to what was run."""
+
+    @abstractmethod
+    def forget(self, release: bool) -> None:
+        """The cache begins anew; with ``release`` in another place."""
+
+
 class KVState:
-    """The KV cache of one conversation, and the tokens that are in it."""
+    """The KV cache of one conversation, and the tokens that are in it.
+
+    ``borrower`` may hold parts of the cache: it is asked for them before anybody else gets it, and what it works on
+    stays where it is when the conversation begins anew.
+    """
 
     def __init__(
         self, config: PretrainedConfig, capacity: int, *, kind: str = "dynamic", whole_prompts: bool = False
@@ -137,11 +178,29 @@ class KVState:
         self._capacity = capacity
         self._kind = kind
         self._whole_prompts = whole_prompts
-        self.reset()
+        self.borrower: Borrower | None = None
+        self._cache: DynamicCache
+        self.reset(release=True)
 
-    def reset(self) -> None:
+    @property
+    def cache(self) -> DynamicCache:
+        if self.borrower is not None:
+            self.borrower.give_back()
+        return self._cache
+
+    def reset(self, release: bool = False) -> None:
+        """Begin anew. ``release``: give the memory of the buffers back in any case."""
         self.tokens: list[int] = []
-        self.cache = new_kv_cache(self._config, self._capacity, self._kind)
+        new = new_kv_cache(self._config, self._capacity, self._kind)
+        if self.borrower is not None:
+            self.borrower.forget(release)
+            if not release:
+                pairs = zip(new.layers, self._cache.layers, strict=True)
+                new.layers = [old if isinstance(old, PreallocatedLayer) else layer for layer, old in pairs]
+                for layer in new.layers:
+                    if isinstance(layer, PreallocatedLayer) and layer.is_initialized:
+                        layer.show(0)
+        self._cache = new
 
     def keep_prefix(self, prompt: list[int]) -> int:
         """Keep what the cache has in common with ``prompt``, drop the rest; returns the number of tokens kept.

@@ -15,8 +15,10 @@ from cache.misses import MissRates
 from offload.compute.matrix import QuantizedMatrix
 from offload.devices.base import Device, DeviceMemory, Fence, HostArena, Link, Passage, SlotArena
 from offload.devices.clock import LoadTiming, VirtualClock
+from offload.devices.graphs import GraphRecorder
 from offload.devices.on_paper import CONTEXT_BYTES
 from offload.devices.simulated.arena import SimHostArena, SimLink, SimPassage, SimSlotArena
+from offload.devices.simulated.graphs import SimGraphs
 from offload.devices.simulated.kernels import SimExperts
 from offload.devices.simulated.streams import SimFence, SimStream
 from offload.devices.simulated.tensor import (
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 class SimulatedDevice(Device):
     unified = False
     virtual = True
+    has_graphs = True
 
     def __init__(self, machine: Machine) -> None:
         register_device()
@@ -107,6 +110,9 @@ class SimulatedDevice(Device):
     def experts(self, compute: ExpertCompute) -> ExpertCompute:
         assert self._arena is not None
         return SimExperts(compute, self.world, self._kernels, self._arena)
+
+    def graphs(self, dtype: torch.dtype) -> GraphRecorder:
+        return SimGraphs(self.clock)
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, VramExhausted)

@@ -252,7 +252,7 @@ class Grok1Model(Grok1PreTrainedModel):
         states = self.embed_tokens(input_ids) * self.config.embedding_multiplier_scale
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + states.shape[1], device=states.device)[None]
+            position_ids = torch.arange(states.shape[1], device=states.device)[None] + seen
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=states,
