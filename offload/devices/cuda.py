@@ -308,8 +308,9 @@ class CudaDevice(Device):
         return CudaGraphs(self.torch_device, dtype)
 
     def card(self) -> str:
-        versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, driver {torch._C._cuda_getDriverVersion()}"
-        return f"{torch.cuda.get_device_name(self.torch_device)}, {versions}"
+        driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()  # that a build with CUDA has
+        name = torch.cuda.get_device_name(self.torch_device)
+        return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, driver {driver}"
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, torch.cuda.OutOfMemoryError)

@@ -29,6 +29,19 @@ class _Made:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A tensor that was there before. A graph keeps none of them: on a card it would read what is there instead."""
+
+    reference: weakref.ref[torch.Tensor]
+
+    def get(self) -> torch.Tensor:
+        found = self.reference()
+        if found is None:
+            raise GraphError("a tensor that a graph reads is gone")
+        return found
+
+
 @dataclass(slots=True)
 class _Operation:
     func: Any
@@ -67,8 +80,10 @@ class _Tape(TorchDispatchMode):
         return result
 
     def _named(self, value: Any) -> Any:
-        number = self._numbers.get(id(value)) if isinstance(value, torch.Tensor) else None
-        return value if number is None else _Made(number)
+        if not isinstance(value, torch.Tensor):
+            return value
+        number = self._numbers.get(id(value))
+        return _Given(weakref.ref(value)) if number is None else _Made(number)
 
 
 class RecordedGraph(Graph):
@@ -92,6 +107,8 @@ class RecordedGraph(Graph):
         values: dict[int, torch.Tensor] = {}
 
         def value(found: Any) -> Any:
+            if isinstance(found, _Given):
+                return found.get()
             return values[found.number] if isinstance(found, _Made) else found
 
         for operation in self._operations:

@@ -5,8 +5,9 @@ ends, the experts run as they always do, and the next graph begins. A replay is 
 them, and none of the model's Python. (torch.compile would come to the same cuts, but makes two graphs a layer, checks
 its guards each time, and needs the model's Python between them.)
 
-The first token of a new size of the KV cache runs without graphs on the static cache, watched for what no graph can
-hold; the second one is recorded. All of them have the same operations on the same shapes, and so the same bits.
+The first token of a size of the KV cache runs without graphs on the static cache, watched for what no graph can hold;
+the second one is recorded. All of them have the same operations on the same shapes, and so the same bits. One size has
+graphs at a time; they hold memory.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class DecodeGraphs(Borrower):
         self._steps: list[_Step] = []
         self._last: Graph | None = None
         self._logits = torch.empty(0)
-        self._rehearsed = False
+        self._rehearsed: set[int] = set()
         self._borrowed = 0  # tokens of the cache, while it is here
         if (kind := why_not_static(kv.cache)) is not None:
             self._stop(f"the KV cache of this family has layers ({kind}) that cannot stay where they are")
@@ -105,7 +106,7 @@ class DecodeGraphs(Borrower):
             cache.position.index.fill_(before)
             if self._last is not None:
                 logits = self._replay(self._last)
-            elif self._rehearsed:
+            elif cache.size in self._rehearsed:
                 logits = self._record(cache)
             else:
                 logits = self._rehearse(cache)
@@ -134,19 +135,19 @@ class DecodeGraphs(Borrower):
         self._kv.borrower = None
 
     def _entered(self, tokens: int) -> StaticCache:
+        """The cache for a token behind so many. Its size follows from them alone, so that their bits do."""
+        size = _LEAST_SIZE
+        while size <= tokens:
+            size *= 2
+        size = min(size, self._capacity)
         cache = self._cache
-        if self._borrowed:
-            assert cache is not None
-            if tokens < cache.size:
-                return cache
+        if self._borrowed and cache is not None and cache.size == size:
+            return cache
         source = self._kv.cache  # gives back what is here
-        if cache is None or tokens >= cache.size or not cache.adopt(source):
+        if cache is None or cache.size != size or not cache.adopt(source):
             self._drop()
-            size = _LEAST_SIZE
-            while size <= tokens:
-                size *= 2
             device = self._device.torch_device
-            cache = self._cache = StaticCache(source, min(size, self._capacity), device)
+            cache = self._cache = StaticCache(source, size, device)
             self._token = torch.zeros((1, 1), dtype=torch.long, device=device)
         cache.enter(tokens)
         self._borrowed = tokens
@@ -173,7 +174,7 @@ class DecodeGraphs(Borrower):
         if not cache.unmoved():
             raise GraphError("this family puts tensors of its own into the KV cache")
         self.launches = watch.launches
-        self._rehearsed = True
+        self._rehearsed.add(cache.size)
         return logits
 
     def _watched(self, watch: Any, cache: StaticCache) -> torch.Tensor:
@@ -255,5 +256,4 @@ class DecodeGraphs(Borrower):
     def _drop(self) -> None:
         """Give the memory of the graphs back."""
         self._steps, self._last, self._logits, self._cache = [], None, torch.empty(0), None
-        self._rehearsed = False
         self._recorder.released()

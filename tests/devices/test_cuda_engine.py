@@ -13,7 +13,7 @@ from offload.compute.grouped import GroupedKernels
 from offload.compute.grouped_experts import GroupedExperts
 from offload.config import EngineSettings
 from offload.engine import Engine, open_engine
-from offload.events import Event, Notice
+from offload.events import Event, GraphUse, Notice
 from offload.model.experts import ExpertRuntime
 from tests.engines import open_tiny
 from tests.fake_cuda import CPU, FakeCuda
@@ -38,6 +38,7 @@ def card(monkeypatch: pytest.MonkeyPatch, grouped: GroupedKernels) -> FakeCuda:
     fake.done = True
     for name, answer in (
         ("device_count", 1),
+        ("get_device_name", "NVIDIA Example"),
         ("mem_get_info", (7 * GIB, 8 * GIB)),
         ("memory_reserved", 0),
         ("max_memory_reserved", 0),
@@ -93,6 +94,44 @@ def test_resident_experts_take_two_calls_an_event(tmp_path: Path, card: FakeCuda
         events, calls = counted.events, counted.compute_calls
         engine._passes.run([7], decode=True)
         assert counted.compute_calls - calls == 2 * (counted.events - events) > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_graphs_are_captured_once_and_replayed(family: str, tmp_path: Path, card: FakeCuda) -> None:
+    checkpoint = build_tiny(family, tmp_path / "checkpoint")
+    settings: dict[str, Any] = {"device": "cuda", "kernels": "torch", "residency": 0.5, "miss": "fetch"}
+
+    def decoded(graphs: str) -> tuple[list[torch.Tensor], GraphUse | None]:
+        with open_tiny(checkpoint, tmp_path, graphs=graphs, **settings) as engine:
+            found = [engine._passes.run([3, 9, 27], decode=False)]
+            found += [engine._passes.run([token], decode=True) for token in (5, 50, 7, 8)]
+            return found, engine.stats().graphs
+
+    expected, _ = decoded("off")
+    _, use = decoded("auto")
+    assert use is not None and not use.used and use.reason is not None
+    assert use.reason.startswith("auto: tests/gpu has not confirmed them on NVIDIA Example, torch 2.")
+    assert not any(entry[0] == "graph" for entry in card.log)
+    found, use = decoded("on")
+    assert use is not None and (use.used, use.graphs, use.tokens) == (True, 5, 2)
+    done = [entry[1] for entry in card.log if entry[0] == "graph"]
+    assert done == ["begins", "ends", "replays"] * 5 + ["replays"] * 10
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_a_capture_that_the_card_refuses_changes_nothing(tmp_path: Path, card: FakeCuda) -> None:
+    checkpoint = build_tiny("qwen3_moe", tmp_path / "checkpoint")
+    card.refuse_captures = True
+    expected, _ = opened(checkpoint, tmp_path, device="cuda", kernels="torch", graphs="off")
+    with open_tiny(checkpoint, tmp_path, device="cuda", kernels="torch", graphs="on") as engine:
+        found = logits_of(engine)
+        for token in (50, 7):
+            assert torch.isfinite(engine._passes.run([token], decode=True)).all()
+        use = engine.stats().graphs
+    assert torch.equal(found[0], expected[0]) and (found[1] - expected[1]).abs().max() < 1e-5
+    assert use is not None and use.reason is not None and use.reason.startswith("RuntimeError: CUDA error")
+    assert sum(entry == ("graph", "begins", "pool 1", "thread_local") for entry in card.log) == 1
 
 
 def test_kernels_that_fail_are_told_and_done_without(

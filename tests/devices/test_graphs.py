@@ -97,6 +97,15 @@ def test_graphs_hand_tensors_on_and_keep_nothing_else() -> None:
     assert answer.tolist() == [20, 20]
 
 
+def test_a_tensor_that_a_graph_reads_must_stay() -> None:
+    given = torch.ones(2)
+    graph, found = recorded(lambda: given + 1)
+    given = torch.ones(2)
+    with pytest.raises(GraphError, match="a tensor that a graph reads is gone"):
+        graph.replay()
+    assert given.sum() + found.sum() == 6
+
+
 WAITS: list[tuple[str, Callable[[torch.Tensor], Any]]] = [
     ("a value", lambda states: float(states[0])),
     ("a truth", lambda states: bool((states > 0).any())),
