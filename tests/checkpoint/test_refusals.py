@@ -32,7 +32,7 @@ def refused(folder: Path, weights: bool) -> str:
         resolve_model(str(folder), revision=None, offline=True, on_event=ignore, weights=weights)
         open_source(folder, weights=weights).close()
     line = str(caught.value)
-    assert "\n" not in line and str(folder) in line or "model_type" in line
+    assert ("\n" not in line and str(folder) in line) or "model_type" in line
     return line
 
 
