@@ -17,7 +17,8 @@ _FILE = Path(__file__).with_name("families.json")
 @dataclass(frozen=True, slots=True)
 class Family:
     """``name`` is the ``model_type``; ``models`` are published ones whose config is planned in the tests, ``layout``
-    says how checkpoints hold an expert, and ``formats`` are the published formats that were tested with this family.
+    says how checkpoints hold an expert, and ``formats`` are the published formats that were tested with this family,
+    with a star if only in the matrix of tests (docs/models.md says how).
 
     ``next_gate`` tells whether ``--prefetch next-gate`` names experts that a layer chooses, given what that layer gets:
     ``yes``, ``mostly`` or ``no``. ``shares_rows``: rows of a batch share forward passes; ``whole_prompts``: prompts run

@@ -25,18 +25,13 @@ from offload.model.families.known import DO_NOT_RUN
 from offload.model.families.names import known_model_type
 from offload.model.prefetch.next_gate import NextGate
 from tests.engines import open_tiny
-from tests.gguf_models import GGUF_MODELS
-from tests.published_models import FORMATS
+from tests.published_families import formats_of
 from tests.tiny_models import FURTHER_ARCHITECTURES, MULTIMODAL, TINY_ARCHITECTURES, build_tiny
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "tests" / "data" / "configs"
 PAGE = ROOT / "docs" / "models.md"
 _PLACE = re.compile(r"(?<=<!-- the table -->\n).*?(?=\n<!-- the end of the table -->)", re.S)
-_WORDS = {
-    "fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "compressed-tensors", "gptq": "GPTQ", "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-}  # fmt: skip
 _TOKENS = (7, 9, 11, 200, 31, 64, 5, 150, 77, 18)
 
 
@@ -70,11 +65,6 @@ def published_models(name: str) -> tuple[str, ...]:
             billions = published["parameters"] / 1e9
             found.append(f"{published['model']} ({billions:{'.0f' if billions > 100 else '.3g'}} B)")
     return tuple(found)
-
-
-def formats_of(name: str) -> tuple[str, ...]:
-    words = {_WORDS[form.config["quant_method"]] for form in FORMATS.values() if form.architecture == name}
-    return tuple(sorted(words | {"GGUF" for model in GGUF_MODELS.values() if model.architecture == name}))
 
 
 def layout_of(checkpoint: Path) -> str:

@@ -19,6 +19,7 @@ TIB = 2**40
 NAMED = {
     "mixtral-8x7b", "mixtral-8x22b", "deepseek-v3", "deepseek-v2-lite", "kimi-k2", "kimi-k2-thinking", "qwen3-30b-a3b",
     "qwen3-235b-a22b", "qwen3-next-80b-a3b", "grok-1", "minimax-m2", "mistral-large-3", "gpt-oss-20b", "gpt-oss-120b",
+    "kimi-k2.5", "glm-4.5", "glm-5", "deepseek-v3.2", "deepseek-v4-flash", "qwen3.5-35b-a3b",
 }  # fmt: skip
 
 LARGER = {"mixtral-8x22b", "kimi-k2", "qwen3-235b-a22b", "gpt-oss-120b", "glm-4.5"}
@@ -27,7 +28,7 @@ LARGER = {"mixtral-8x22b", "kimi-k2", "qwen3-235b-a22b", "gpt-oss-120b", "glm-4.
 
 def bytes_for_a_weight(config: dict[str, Any]) -> float:
     """Of an expert's matrices, from the formats' descriptions: codes, and scales for so many of them."""
-    quantised = config.get("quantization_config")
+    quantised = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if quantised is None:
         return 2
     if quantised["quant_method"] == "mxfp4":
@@ -57,7 +58,7 @@ def test_as_many_weights_and_bytes_as_published(name: str) -> None:
     assert experts == pytest.approx(found.weights.experts * bytes_for_a_weight(config), rel=0.01)
     if "checkpoint_bytes" in published:
         assert sizes.skeleton_bytes + experts == pytest.approx(published["checkpoint_bytes"], rel=0.01)
-    if "quantization_config" not in config:
+    if bytes_for_a_weight(config) == 2:
         assert sizes.skeleton_bytes == pytest.approx(2 * (found.weights.total - found.weights.experts), rel=0.01)
     assert found.plan.slots == sizes.num_experts, "it fits 4 TiB"
 

@@ -138,7 +138,7 @@ def no_safetensors_message(name: str, files: Iterable[str]) -> str:
     if suffixes.intersection(_PICKLES):
         reason = (
             "has only pickled weights (.bin, .pt), which can run code; only safetensors are loaded: take a conversion, "
-            "or make one in a place where that code can do no harm (transformers: from_pretrained, save_pretrained)"
+            "or make one of .bin files, which runs nothing: python -m offload.checkpoint.unpickle FOLDER OUTPUT"
         )
     elif ".onnx" in suffixes:
         reason = "has the model as ONNX, which is not read; take the one with *.safetensors"

@@ -8,8 +8,7 @@ stock model that has the decoded weights, up to rounding. The set follows from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from collections.abc import Collection, Iterable
 from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
@@ -25,38 +24,14 @@ from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.events import RowDone
 from tests.engines import finish, open_tiny
-from tests.gguf_models import GGUF_MODELS, build_gguf
 from tests.model.test_bit_exact import DECODE_IDS, IDS, assert_equal, logits
-from tests.published_models import AWQ_SIZES, FORMATS, Format, Pair, build_published, publish
+from tests.published_families import PUBLISHED
 from tests.tiny_models import TINY_ARCHITECTURES, build_tiny, load_reference
 
 DEVICES = ("cpu", "simulated")
 OWN_FORMATS = ("native", "int8", "int4")
 PROMPTS = ("the expert that", "a hit", "what is the capital of France? Paris")
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=4, ignore_eos=True)
-
-
-def published(name: str, family: str, folder: Path) -> Pair:
-    """A checkpoint of ``family`` in a format of :data:`FORMATS`, in float32 as far as it says nothing else."""
-    form = FORMATS[name]
-    sizes = form.sizes if family == form.architecture else AWQ_SIZES
-    return publish(Format(family, form.quantise, form.config, sizes, torch.float32), folder)
-
-
-PUBLISHED: dict[str, dict[str, Callable[[Path], Pair]]] = {
-    name: {family: partial(published, name, family) for family in families}
-    for name, families in {
-        "fp8": ("deepseek_v3", "qwen3_moe", "minimax_m2", "glm4_moe", "qwen3_next", "deepseek_v32"),
-        "compressed int4": ("deepseek_v3", "qwen3_moe", "glm4_moe"),
-        "gptq": ("qwen3_moe", "qwen2_moe", "mixtral"),
-        "awq": ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe"),
-        "nf4": ("qwen3_moe", "mixtral", "olmoe"),
-    }.items()
-} | {
-    "mxfp4": {"gpt_oss": partial(build_published, "mxfp4")},
-    "gguf": {model.architecture: partial(build_gguf, name) for name, model in GGUF_MODELS.items()},
-}
-"""Families that are published in a format, and how to build a tiny one."""
 
 
 class Case(NamedTuple):
