@@ -92,7 +92,7 @@ def build_mistral(folder: Path, scales: str | None = None, dtype: torch.dtype = 
         save_file(tensors, own / file_name)
     index = {"weight_map": {name: file_name for file_name, tensors in shards.items() for name in tensors}}
     (own / MISTRAL_INDEX_FILE).write_text(json.dumps(index))
-    params = _params(json.loads((reference / "config.json").read_text()))
+    params = params_of(json.loads((reference / "config.json").read_text()))
     params |= {} if scales is None else {"quantization": _QUANTISATION[scales]}
     (own / "params.json").write_text(json.dumps(params))
     return Pair(own, reference)
@@ -129,7 +129,7 @@ def _fp8(name: str, weight: torch.Tensor, scales: str) -> tuple[dict[str, torch.
     return parts, back.to(weight.dtype)
 
 
-def _params(config: dict[str, Any]) -> dict[str, Any]:
+def params_of(config: dict[str, Any]) -> dict[str, Any]:
     rotary = config["rope_parameters"]
     original = rotary["original_max_position_embeddings"]
     return {

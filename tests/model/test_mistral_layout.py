@@ -16,7 +16,8 @@ from offload.errors import ModelError
 from offload.events import Notice
 from offload.opening import plan_only
 from tests.engines import open_tiny
-from tests.mistral_models import build_mistral
+from tests.families import CONFIGS
+from tests.mistral_models import build_mistral, params_of
 from tests.model.test_bit_exact import DECODE_IDS, IDS, SMALLEST, assert_equal, logits
 from tests.tiny_models import reference_logits
 
@@ -81,6 +82,18 @@ def test_transformers_layout_is_taken_where_both_are(tmp_path: Path) -> None:
     source = open_source(pair.reference)
     assert {file.name for file in source.files.values()} == {"model.safetensors"}
     source.close()
+
+
+def test_the_published_sizes_are_planned(tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "mistral-large-3" / "config.json").read_text())
+    quantisation = config["quantization_config"]
+    params = params_of({"routed_scaling_factor": 1.0} | config) | {"quantization": quantisation}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    told = plan_only(EngineSettings(model=str(tmp_path), context_tokens=64, ram=4 * 2**40), lambda event: None)
+    twin = CONFIGS / "mistral-large-3"
+    same = plan_only(EngineSettings(model=str(twin), context_tokens=64, ram=4 * 2**40), lambda event: None)
+    assert told.weights == same.weights and told.weights.total == pytest.approx(673e9, rel=0.01)
+    assert told.plan.sizes.slot_bytes == same.plan.sizes.slot_bytes
 
 
 @pytest.mark.parametrize(
