@@ -89,7 +89,9 @@ class LoadTiming:
 
 
 class VirtualClock:
-    """``now`` is the time of the engine thread; kernels it has launched may be done later."""
+    """``now`` is the time of the engine thread; kernels it has launched may be done later. ``launches`` counts them,
+    those of a graph as one.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -98,12 +100,13 @@ class VirtualClock:
         self.stall_disk = self.stall_link = 0.0
         self._disk, self._up, self._down_free_at = _Lane(), _Lane(), 0.0
         self._in_graph = False
+        self.launches = 0
 
     def launch(self, moved: float, flops: float = 0.0, extra: float = 0.0) -> float:
         """A kernel that moves so many bytes of device memory; returns when it is done."""
         machine = self.machine
         if not self._in_graph:
-            self.now += machine.launch_s
+            self._launched()
         busy = max(moved / machine.expert_bytes_per_s, flops / machine.flops_per_s) + extra
         self.kernels_free_at = max(self.kernels_free_at, self.now) + busy
         return self.kernels_free_at
@@ -111,12 +114,16 @@ class VirtualClock:
     @contextmanager
     def graph(self) -> Iterator[None]:
         """The kernels inside are launched together, as one."""
-        self.now += self.machine.launch_s
+        self._launched()
         self._in_graph = True
         try:
             yield
         finally:
             self._in_graph = False
+
+    def _launched(self) -> None:
+        self.launches += 1
+        self.now += self.machine.launch_s
 
     def sync(self) -> None:
         """The engine thread waits for the kernels."""

@@ -14,6 +14,8 @@ from offload.memory.tier_plan import TierPlan
 
 _LAUNCHES = 77
 """Operations that PyTorch launches for one layer of today's models in eager mode (counted for Qwen3-MoE)."""
+_GRAPH_LAUNCHES = 7
+"""With ``--graphs``: the graph, and what the experts take (counted on the simulated device, docs/devices.md)."""
 _HIT_RATES = ((0.0, 0.0), (0.0625, 0.257), (0.125, 0.431), (0.25, 0.678), (0.5, 0.925), (0.75, 0.99), (1.0, 1.0))
 """Hit rate by residency: a published trace of gpt-oss-20b (24 layers, 32 experts, top 4), 9,544 decoded tokens, with
 ``ewma`` and the scope ``global``, replayed with ``cache.simulate`` (2026-11-25). Models with more and smaller experts
@@ -32,7 +34,7 @@ class Work:
 class Estimate:
     """Seconds for one decoded token by lane. Kernels wait for their launches, and both wait for the misses:
     ``misses_s`` is what link and CPU take for those in RAM, side by side in each event; the disk works beside them on
-    other records. ``hit_rate`` and ``host_hit_rate`` are those assumed.
+    other records. ``hit_rate`` and ``host_hit_rate`` are those assumed; ``graphs``: decode passes are replayed.
     """
 
     machine: str
@@ -45,6 +47,7 @@ class Estimate:
     miss: str = "fetch"
     cpu_s: float = 0.0
     misses_s: float = 0.0
+    graphs: bool = False
 
     @property
     def tokens_per_s(self) -> float:
@@ -67,10 +70,13 @@ class Estimate:
             f"link {1e3 * self.link_s:.1f}, disk {1e3 * self.disk_s:.1f}, experts on the CPU {1e3 * self.cpu_s:.1f}"
         )
         found = f"{self.hit_rate:.0%} of the experts found in VRAM, {self.host_hit_rate:.0%} of the rest in RAM"
+        advice = _ADVICE[self.bottleneck]
+        if self.bottleneck == "launches" and self.graphs:
+            advice = "no flag helps: the device waits for the CPU"
         return [
             f"expected on {self.machine}: {self.tokens_per_s:.1f} tokens/s, held back by the {self.bottleneck} "
             f"(a token: {lanes}); {found}",
-            f"to go faster: {_ADVICE[self.bottleneck]}",
+            f"to go faster: {advice}",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +90,7 @@ _ADVICE = {
     "int8 makes room",
     "CPU": "a larger --vram or a smaller --ctx gives more slots; --format int4 makes experts smaller",
     "device memory": "--format int4 and --dense-format int8 give the device fewer bytes to read",
-    "launches": "no flag helps: the device waits for the CPU",
+    "launches": "--graphs on launches what stands between the experts as one",
 }
 
 
@@ -111,7 +117,7 @@ def estimate(plan: TierPlan, work: Work, machine: Machine, miss: str = "fetch") 
         machine=machine.title,
         hit_rate=in_vram,
         host_hit_rate=1 - reads / misses if misses else 1.0,
-        launches_s=work.layers * _LAUNCHES * machine.launch_s,
+        launches_s=work.layers * (_GRAPH_LAUNCHES if sizes.graph_bytes else _LAUNCHES) * machine.launch_s,
         kernels_s=(sizes.skeleton_bytes + (accesses - work.layers * computed) * record) / machine.expert_bytes_per_s
         + work.layers * machine.event_s,
         link_s=(work.layers * fetched + reads) * copy_s,
@@ -119,6 +125,7 @@ def estimate(plan: TierPlan, work: Work, machine: Machine, miss: str = "fetch") 
         miss=miss,
         cpu_s=work.layers * computed * record / machine.host_bytes_per_s,
         misses_s=work.layers * waited + reads * copy_s,
+        graphs=sizes.graph_bytes > 0,
     )
 
 

@@ -26,6 +26,7 @@ SIZES = st.builds(
     slot_bytes=st.integers(1, 100_000).map(lambda blocks: blocks * 4096),
     num_experts=st.integers(1, 20_000),
     context_tokens=st.integers(2, 200_000),
+    graph_bytes=st.just(0) | st.integers(0, GIB),
 )
 BUDGETS = st.none() | st.integers(1, 300 * GIB)
 BASELINE = Baseline(400 * MIB, 100 * MIB)
@@ -113,6 +114,9 @@ def test_the_lane_that_holds_it_back() -> None:
     assert estimate(plan_on("rtx4060", ram=3 * GIB), work, small).bottleneck == "disk"
     whole = estimate(plan_on("rtx4090"), work, large)
     assert whole.bottleneck == "launches" and whole.link_s == whole.disk_s == 0
+    assert "--graphs on" in whole.summary()[1]
+    graphs = estimate(replace(plan_on("rtx4090"), sizes=replace(QWEN, graph_bytes=GIB)), work, large)
+    assert graphs.launches_s < whole.launches_s / 10 and graphs.bottleneck == "device memory"
     thin = estimate(plan_on("rtx4060", ram=3 * GIB, residency=0.05), work, small)
     assert thin.tokens_per_s < estimate(plan_on("rtx4060", ram=3 * GIB), work, small).tokens_per_s < whole.tokens_per_s
     assert "--ram" in thin.summary()[1]
