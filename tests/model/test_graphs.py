@@ -30,7 +30,7 @@ FAMILIES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in TINY_ARCHITECTURES
     if name not in WITHOUT
-]
+] + [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_vl_moe", "gemma4", "step3p7", "granitemoe_swa")]
 
 
 def opened(checkpoint: Path, packs: Path, graphs: str = "on", **settings: Any) -> Engine:
