@@ -37,12 +37,13 @@ class CudaGraphs(GraphRecorder):
         self._inside = contextlib.ExitStack()
 
     def prepare(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # the pool's blocks are new ones, and a capture cannot make room for them
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
             self._warm_up()
         self._pool = torch.cuda.graph_pool_handle()
         gc.collect()  # nothing should be freed in the middle of a capture
-        torch.cuda.synchronize(self._device)
 
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
