@@ -6,7 +6,8 @@ read. An answer is written in parts while it comes; one without an end (the prog
 Lines are objects with a ``type``: ``start`` (id, created, model, system), ``system`` (text), ``model`` (name),
 ``title`` (text), ``ask`` (kept, text: the question that follows the first ``kept`` turns; the others are given up if it
 becomes a turn), ``part`` (text), ``end`` (text, reason; a reason of null: it became no turn), ``cut`` (kept: give up
-the turns after the first ``kept``). ``part`` and ``end`` may also have ``reasoning``, what the model thought.
+the turns after the first ``kept``). ``part`` and ``end`` may also have ``reasoning``, what the model thought; in files
+of older versions that is in the text, between tags.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tui.text import one_line
 
 _SUFFIX = ".jsonl"
 _TITLE_LENGTH = 60
+_OPENING, _CLOSING = "<think>", "</think>"
 
 
 def conversations_folder() -> Path | None:
@@ -235,8 +237,23 @@ class _Reader:
             reasoning = "".join(self._thoughts) if text is None else ""
         if reason is None or (reason == "cancelled" and not answer):
             return
+        if not reasoning:
+            answer, reasoning = without_thought(answer)
         talk = self._saved.conversation
         talk.turns, talk.pending = [*kept, Turn(question, answer, reason, reasoning)], None
+
+
+def without_thought(answer: str) -> tuple[str, str]:
+    """(the reply, the reasoning) of an answer of which no reasoning was saved.
+
+    Files that were written before reasoning was told apart have it in the answer. What begins with the opening tag is
+    reasoning, up to the closing one; tags anywhere else are the reply's own.
+    """
+    begun = answer.lstrip()
+    if not begun.startswith(_OPENING):
+        return answer, ""
+    reasoning, _, reply = begun.removeprefix(_OPENING).partition(_CLOSING)
+    return reply.lstrip(), reasoning.strip()
 
 
 def thought(reasoning: str) -> dict[str, Any]:

@@ -53,8 +53,9 @@ def fetch(
     """Download ``files`` of a hub model into the cache and return the snapshot's folder.
 
     ``present`` of ``total`` bytes are in the cache already. Progress is reported from the calling thread, a few times
-    a second, and not at all when there is nothing to fetch. Leaving early (Ctrl-C, or an exception in ``on_event``)
-    stops the download; files that are complete are kept. Raises ModelError when it fails.
+    a second, also while nothing arrives (or nobody could give up a download that stalls), and not at all when there is
+    nothing to fetch. Leaving early (Ctrl-C, or an exception in ``on_event``) stops the download; files that are
+    complete are kept. Raises ModelError when it fails.
     """
     from huggingface_hub import snapshot_download
 
@@ -81,10 +82,9 @@ def fetch(
         reported = -1
         while thread.is_alive():
             thread.join(_REPORT_SECONDS)
-            done = min(counter.done, total)
-            if total > present and done != reported:
-                reported = done
-                on_event(LoadProgress("download", done, total, "bytes"))
+            if total > present:
+                reported = min(counter.done, total)
+                on_event(LoadProgress("download", reported, total, "bytes"))
     except BaseException:
         counter.stopped = True
         _close_connections()

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,23 @@ def test_ctrl_c_ends_a_slow_download_at_once(hub: FakeHub, client: Client) -> No
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_stalled_download_still_tells_of_itself(hub: FakeHub, client: Client) -> None:
+    """Its progress is where a front end can give it up."""
+    hub.repositories["org/model"].trickle = set(SHARDS)
+    process = client.start("org/model")
+    alarm = threading.Timer(30, process.kill)
+    alarm.start()
+    try:
+        assert process.stdout is not None
+        lines = map(json.loads, process.stdout)
+        done = [line["done"] for line in islice((x for x in lines if x["event"] == "LoadProgress"), 12)]
+        assert any(done.count(value) > 3 for value in done)
+    finally:
+        alarm.cancel()
+        process.kill()
+        process.communicate()
 
 
 def test_offline_uses_the_cache_alone(hub: FakeHub, client: Client) -> None:

@@ -45,6 +45,31 @@ def test_what_was_said_is_read_back(tmp_path: Path) -> None:
     assert (saved.model, saved.name, saved.conversation.system) == ("fake", "a talk", "be brief")
 
 
+@pytest.mark.parametrize(
+    ("saved", "answer", "reasoning"),
+    [
+        ("<think>\nTwo and two.\n</think>\n\nIt is 4.", "It is 4.", "Two and two."),
+        ("\n<think>a</think>b <think>c</think>", "b <think>c</think>", "a"),
+        ("<think>\nstopped here", "", "stopped here"),
+        ("The tag <think> opens, </think> closes.", "The tag <think> opens, </think> closes.", ""),
+        ("no tags", "no tags", ""),
+    ],
+)
+def test_reasoning_in_files_of_older_versions_is_told_apart(
+    saved: str, answer: str, reasoning: str, tmp_path: Path
+) -> None:
+    talk(tmp_path, done(saved, "cancelled"), done("two")).close()
+    first, second = read_saved(file_of(tmp_path)).conversation.turns
+    assert (first.answer, first.reasoning) == (answer, reasoning)
+    assert (second.answer, second.reasoning) == ("two", "")
+
+
+def test_tags_of_a_reply_after_its_reasoning_are_its_own(tmp_path: Path) -> None:
+    talk(tmp_path, replace(done("<think> is a tag</think>"), reasoning="so")).close()
+    (turn,) = read_saved(file_of(tmp_path)).conversation.turns
+    assert (turn.answer, turn.reasoning) == ("<think> is a tag</think>", "so")
+
+
 def test_reasoning_is_read_back(tmp_path: Path) -> None:
     session = talk(tmp_path, replace(done("one"), reasoning="so"))
     session.ask("question 1")

@@ -123,7 +123,8 @@ def _status(app: ChatApp, done: Done, became_turn: bool) -> tuple[str, str]:
     ]
     kind = "dim"
     if done.reason == "error":
-        parts.insert(0, done.error or "the generation failed")
+        problem = done.error or "the generation failed"
+        parts = [problem, *parts] if done.new_tokens else [problem]
         kind = "bad"
     elif done.reason == "cancelled":
         parts.insert(0, how_stopped(done, became_turn))

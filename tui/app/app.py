@@ -159,7 +159,7 @@ class ChatApp(CrashCatcher):
 
     def on_mount(self) -> None:
         if not self.is_headless:
-            for number in (signal.SIGTERM, signal.SIGHUP):  # or the terminal would stay as it is
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # or the terminal would stay as it is
                 asyncio.get_running_loop().add_signal_handler(number, self.leave, 128 + number)
             HangupWatch(lambda: self._tell(self.HungUp()), 128 + signal.SIGHUP)
         self.theme_changed_signal.subscribe(self, lambda theme: self.restyle())
