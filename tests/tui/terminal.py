@@ -40,8 +40,8 @@ class Terminal:
         )
         self.raw = ""
         self._rest = ""
-        self._cells = [[" "] * self.width for _ in range(self.height)]
         self._x = self._y = 0
+        self.blank()
 
     def text(self) -> str:
         """The screen's lines."""
@@ -60,6 +60,10 @@ class Terminal:
                 return self.text()
             self._read(0.2)
         raise AssertionError(f"the screen never said {ready!r}:\n{self.text()}\n{self.raw[-2000:]!r}")
+
+    def blank(self) -> None:
+        """Forget what is on the screen."""
+        self._cells = [[" "] * self.width for _ in range(self.height)]
 
     def settled(self, seconds: float = 90) -> str:
         """Wait until the screen has not changed for a second; returns its text."""
@@ -133,7 +137,7 @@ class Terminal:
             row, column = (*values, 1, 1)[:2] if len(values) != 1 else (values[0], 1)
             self._y, self._x = min(self.height, row) - 1, min(self.width, column) - 1
         elif letter == "J" and values == [2]:
-            self._cells = [[" "] * self.width for _ in range(self.height)]
+            self.blank()
         elif letter == "n" and values == [6]:
             self.type(f"\x1b[{self._y + 1};{self._x + 1}R")
 

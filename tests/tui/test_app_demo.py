@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,10 +23,10 @@ pytestmark = pytest.mark.demo
 
 
 @contextmanager
-def chat(folder: Path, *flags: str, size: tuple[int, int] = (130, 45)) -> Iterator[Terminal]:
+def chat(folder: Path, *flags: str, size: tuple[int, int] = (130, 45), cache: Path | None = None) -> Iterator[Terminal]:
     command = [sys.executable, str(ROOT / "run_local.py"), "chat", "--temperature", "0", "--ctx", "512", *flags]
     changes = {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("DATA", "STATE", "CONFIG")}
-    kept = environment(folder, RUN_LOCAL_CACHE=str(cache_folder()), OMP_NUM_THREADS="1", **changes)
+    kept = environment(folder, RUN_LOCAL_CACHE=str(cache or cache_folder()), OMP_NUM_THREADS="1", **changes)
     terminal = Terminal(command, folder, kept, size)
     try:
         yield terminal
@@ -59,6 +60,35 @@ def test_an_answer_a_change_and_the_figures(demo_model_dir: Path, tmp_path: Path
     figures_agree(page, stats)
     saved = next((tmp_path / "data" / "run-local" / "conversations").glob("*.jsonl"))
     assert "Name three colours." in saved.read_text()
+
+
+def test_an_expert_file_that_is_cut_while_chatting(demo_model_dir: Path, tmp_path: Path) -> None:
+    """The answer that cannot be read says what to do; what was said before is there after a restart."""
+    packs = cache_folder() / "packs"
+    if not list(packs.glob("demo-*-native/manifest.json")):
+        with chat(tmp_path, "--max-new-tokens", "1", "How are you?") as terminal:  # makes it
+            terminal.leave(120)
+    (pack,) = packs.glob("demo-*-native")
+    cache = tmp_path / "own"
+    shutil.copytree(pack, cache / "packs" / pack.name)
+    (cache / "demo").symlink_to(cache_folder() / "demo")
+    flags = ("--residency", "0.1", "--max-new-tokens", "3")
+    with chat(tmp_path, *flags, cache=cache) as terminal:
+        terminal.wait("chat with demo")
+        terminal.type("Name three colours.\r")
+        terminal.wait("tokens/s · first token")
+        os.truncate(max((cache / "packs" / pack.name).iterdir(), key=lambda path: path.stat().st_size), 4096)
+        terminal.type("And something else, please?\r")
+        terminal.wait("the conversation is as it was before")
+        page = " ".join(terminal.text().split())
+        assert "the file ends inside the record of layer" in page and "--remove demo-" in page, page
+        terminal.type("\x11")
+        assert terminal.leave() == 0
+        assert restored(terminal)
+    assert not list((tmp_path / "state").rglob("reports/*"))
+    with chat(tmp_path, *flags, "--continue") as terminal:  # with the whole pack
+        page = terminal.wait("ask something")
+        assert "Name three colours." in page and "something else" not in page
 
 
 @pytest.mark.slow

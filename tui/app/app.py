@@ -163,6 +163,7 @@ class ChatApp(CrashCatcher):
                 asyncio.get_running_loop().add_signal_handler(number, self.leave, 128 + number)
             HangupWatch(lambda: self._tell(self.HungUp()), 128 + signal.SIGHUP)
         self.theme_changed_signal.subscribe(self, lambda theme: self.restyle())
+        self.app_resume_signal.subscribe(self, lambda app: self.refresh())  # after fg the terminal is empty
         self.arrange()
         self.show_title()
         self.prompt.focus()

@@ -111,6 +111,7 @@ class LoadScreen(ModalScreen[None]):
     def fail(self, problem: str) -> None:
         """It did not work; the screen stays until it is closed."""
         self._problem = problem
+        self.prompt.placeholder = ""
         self.repaint()
 
     def action_give_up(self) -> None:
@@ -147,10 +148,11 @@ class LoadScreen(ModalScreen[None]):
             for what, size, remark in self._plan.rows:
                 text = f"{what:<14}{format_size(size):>10}  "
                 lines.append([(text, ""), (remark[: max(0, width - len(text))], "dim")])
-        lines += [[], [("Steps", "title")]]
-        lines += [stage_line(name, stage, width) for name, stage in self._stages.items()]
-        if not self._stages:
-            lines.append([(f"starting, {time.monotonic() - self._began:.0f} s", "dim")])
+        if self._stages:
+            lines += [[], [("Steps", "title")]]
+            lines += [stage_line(name, stage, width) for name, stage in self._stages.items()]
+        elif self._problem is None:
+            lines += [[], [(f"starting, {time.monotonic() - self._began:.0f} s", "dim")]]
         lines.append([])
         if self._problem is not None:
             lines += [[(part, "bad")] for part in wrap(self._problem, width)]
