@@ -47,7 +47,7 @@ def compact(figures: Figures | None, width: int) -> Line:
         parts.insert(3, f"VRAM {_used(figures.vram_used, figures.vram_budget)}")
     while len(parts) > 1 and len(" · ".join(parts)) > width:
         parts.pop()
-    return [(" · ".join(parts), "")]
+    return [(" · ".join(parts), "dim")]
 
 
 def panel_lines(

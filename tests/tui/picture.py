@@ -14,6 +14,7 @@ from pathlib import Path
 
 from offload.config import EngineSettings, SamplingSettings
 from offload.host import LocalHost
+from tests.tui.snapshots import terminal_of
 from tui.app.app import ChatApp
 from tui.app.entries import Answer
 from tui.libraries import prepare_libraries
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--residency", type=float, default=0.5)
     given = parser.parse_args()
     width, height = (int(part) for part in given.size.split("x"))
-    asyncio.run(picture(given.file, (width, height), given.theme, given.open, given.residency))
+    with terminal_of("chat"):
+        asyncio.run(picture(given.file, (width, height), given.theme, given.open, given.residency))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,22 @@ def test_a_spared_repaint_leaves_nothing_old(tmp_path: Path) -> None:
     go(scenario())
 
 
+def test_the_scroll_bar_hides_no_end_of_a_line(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        app = make_app(tmp_path)
+        async with running(app, (80, 24)) as pilot:
+            answer = Answer()
+            app.transcript.add(answer)
+            for _ in range(30):
+                app.transcript.extend(answer, "a line of words\n\n")
+                await pilot.pause(0.01)
+                widths = {line.strip.cell_length for line in answer.lines}
+                assert widths == {app.transcript.scrollable_content_region.width}
+            assert app.transcript.show_vertical_scrollbar
+
+    go(scenario())
+
+
 def test_a_longer_answer_is_scrolled_to_without_a_layout(tmp_path: Path) -> None:
     async def scenario() -> None:
         app = make_app(tmp_path)

@@ -33,7 +33,12 @@ _SLICE_SECONDS = 0.008
 class Transcript(ScrollView, can_focus=True):
     """Entries from top to bottom. It follows the end until the user scrolls up, and again from the end on."""
 
-    DEFAULT_CSS = "Transcript { height: 1fr; overflow-x: hidden; scrollbar-size-vertical: 1; padding: 0 1; }"
+    # Room for the scroll bar from the beginning: when it came, it would hide the ends of lines rendered before.
+    DEFAULT_CSS = """
+    Transcript { height: 1fr; overflow-x: hidden; scrollbar-gutter: stable; scrollbar-size-vertical: 1; padding: 0 1;
+        scrollbar-background: $background; scrollbar-background-hover: $background;
+        scrollbar-background-active: $background; }
+    """
     ALLOW_SELECT: ClassVar[bool] = True
 
     class CopyWanted(Message):
