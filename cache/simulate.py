@@ -16,7 +16,7 @@ from cache.hardware import Hardware
 from cache.keys import ExpertKey
 from cache.misses import MOST_ADMITTED, ExpertWork, MissPlanner, MissRates
 from cache.policies import PolicyContext, is_simulation_only, make_policy
-from cache.predictors import PREFETCH_LAYERS, PredictorContext, make_predictor
+from cache.predictors import PredictorContext, layers_ahead, make_predictor
 from cache.replay_result import PART_COLUMNS, Part, Prediction, Seconds
 from cache.shares import even_share
 from cache.timeline import Timeline
@@ -31,8 +31,9 @@ class ReplaySettings:
 
     ``fresh_per_request`` empties the cache and forgets all history whenever the request changes; with
     ``keep_learned`` only the cache is emptied, and what policy and predictor have learned goes on. ``predictor``
-    names what foretells the next event of a decoded token (None: nothing is prefetched), and ``prefetch_limit`` the
-    most experts that it may ask for (None: what :func:`cache.guesses.guesses_of` says). ``record_bytes`` gives the
+    names what foretells the next event of decoded tokens (None: nothing is prefetched), and ``prefetch_limit`` the
+    most experts that it may ask for, for each of them (None: what :func:`cache.guesses.guesses_of` says).
+    ``record_bytes`` gives the
     bytes, and with ``hardware`` the seconds; without hardware a prefetch arrives before the next event. ``miss`` other
     than ``fetch`` lets the CPU compute misses of decoded tokens where they lie (:class:`cache.misses.MissPlanner`); it
     needs hardware with a link, a CPU and no disk, all records being in RAM.
@@ -233,7 +234,7 @@ class _Replay:
             self._check_guesses(layer, decode, experts)
             self.worth.record_event(layer, experts, decode=decode)
             self.predictor.record_event(layer, experts, decode=decode)
-        self._load(loads, ahead=(layer if decode else None))
+        self._load(loads, (layer, tokens) if decode and self.predictor is not None else None)
         row[_ON_CPU] += len(on_cpu)
         row[_ADMITTED] += self._admit(on_cpu)
         cache.end_event()
@@ -269,14 +270,15 @@ class _Replay:
             self.timeline.prefetch(load.key)
         return len(loads)
 
-    def _load(self, found: Lookup, ahead: int | None = None) -> None:
-        """Load the misses of an event, in waves as the runtime does, and prefetch for the event after ``ahead``."""
+    def _load(self, found: Lookup, ahead: tuple[int, int] | None = None) -> None:
+        """Load the misses of an event, in waves as the runtime does, and prefetch for the event after ``ahead``, a
+        layer and how many tokens decode."""
         cache = self.cache
         loads = cache.reserve(found.misses) if found.misses else []
         self._count_waste(loads)
         if len(loads) == len(found.misses):  # all at once: nothing has to be released
-            if ahead is not None and self.predictor is not None:
-                self._prefetch(ahead)
+            if ahead is not None:
+                self._prefetch(*ahead)
             for load in loads:
                 cache.commit(load.key)
             for key in found.pending:
@@ -290,6 +292,9 @@ class _Replay:
             cache.release(hit)
             queue += self._next_loads(waiting)
         while queue or waiting:
+            if ahead is not None and not waiting:
+                self._prefetch(*ahead)
+                ahead = None
             if queue:
                 key = queue.popleft()
                 cache.commit(key)
@@ -310,11 +315,11 @@ class _Replay:
         del waiting[: len(loads)]
         return [load.key for load in loads]
 
-    def _prefetch(self, layer: int) -> None:
+    def _prefetch(self, layer: int, tokens: int) -> None:
         assert self.predictor is not None
-        for steps in range(1, PREFETCH_LAYERS + 1):
+        for steps in range(1, layers_ahead(tokens) + 1):
             after = self.predictor.layer_after(layer, steps)
-            guesses = self.predictor.predict(layer, self.limit, steps)
+            guesses = self.predictor.predict(layer, self.limit * tokens, steps)
             if steps == 1:
                 self.guessed = after, guesses
             if not guesses:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cache.trace import TraceRecorder, load_trace
 from offload.errors import RunLocalError, UsageError
@@ -65,5 +66,5 @@ def test_an_engine_that_has_learned(checkpoint: Path, tmp_path: Path) -> None:
         uses = np.bincount(recorded.ids[recorded.layer == layer].ravel(), minlength=8)
         scores = [engine._runtime.cache.policy.score((layer, expert)) for expert in range(8)]
         assert (np.array(scores) > 0).tolist() == (uses > 0).tolist()
-        assert next(engine._runtime.predictor.guesses(layer, None, 2))  # before it has seen anything
+        assert next(engine._runtime.predictor.guesses(layer, torch.zeros(1, 8), 2))  # before it has seen anything
     assert [getattr(event, "text", "") for event in tokens] == [getattr(event, "text", "") for event in again]

@@ -90,7 +90,10 @@ class RowPasses:
         began = self._device.now()
         with self._device.running(), self._decoding if decode else nullcontext():
             logits = self._attention.run(segments, self._device.torch_device).to("cpu")
-        self._meter.tally.count_pass(self._device.now() - began, [part.count for part in parts], decode)
+        seconds = self._device.now() - began
+        self._meter.tally.count_pass(seconds, [part.count for part in parts], decode)
+        if decode:
+            self._runtime.end_token(seconds / len(parts))
         return logits
 
     def _make_room(self, error: Exception) -> bool:

@@ -93,7 +93,7 @@ class ExpertRuntime:
         host_experts: HostExperts | None = None,
         prefetch_bytes: int = 2**63,
     ) -> None:
-        """``prefetch_bytes``: the most that one pass loads on predictions, of whatever lane.
+        """``prefetch_bytes``: the most that a pass loads on predictions for each of its rows, of whatever lane.
 
         ``instead``, if somebody set it, is called by the model in the place of :meth:`run`.
         """
@@ -140,7 +140,6 @@ class ExpertRuntime:
             raise Cancelled
         if self.recorder is not None:
             self._record(layer, top_k_index, top_k_weights)
-        event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
         self._take_arrivals()
         chosen = top_k_index.tolist()
         experts = by_rank(chosen, module.num_experts)  # as a replay of the trace will have them
@@ -174,9 +173,14 @@ class ExpertRuntime:
             if self.host_experts is not None and misses:
                 on_cpu = self.host_experts.begin(layer, hidden, chosen, found)
                 misses = [key for key in misses if on_cpu is None or key not in on_cpu.keys]
-            loading += self._start_loads(misses)  # before the hits compute, so that both happen at once
-            if self.predictor is not None and self.current.decode and not misses and len(hidden) == 1:
-                self._prefetch(self._guesses(self.predictor, layer, hidden, top_k_index.shape[1]))
+            loading += self._start_loads(misses)  # before anything else, so that both happen at once
+            event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
+            guesses = None
+            if self.predictor is not None and self.current.decode:
+                guesses = self._guesses(self.predictor, layer, hidden, top_k_index.shape[1])
+            if guesses is not None and not misses:  # what this event waits for comes first
+                self._prefetch(guesses)
+                guesses = None
             if on_cpu is not None and not misses:  # behind what is foretold: that is wanted sooner
                 self._admit(on_cpu.keys, recent)
             while hits:
@@ -186,6 +190,9 @@ class ExpertRuntime:
             while loading or misses or (on_cpu is not None and on_cpu.left):
                 if self.cancelled.is_set():
                     raise Cancelled
+                if guesses is not None and not misses:
+                    self._prefetch(guesses)
+                    guesses = None
                 if on_cpu is not None and on_cpu.left and not self._has_arrived(loading):
                     self._compute_on_cpu(event, on_cpu)
                     continue
@@ -208,7 +215,7 @@ class ExpertRuntime:
         return output
 
     def end_token(self, seconds: float) -> None:
-        """A forward pass over one decoded token took so long, on the device's clock."""
+        """A pass that decodes took so long for each of its tokens, on the device's clock."""
         if self.predictor is not None:
             self.predictor.end_token(seconds)
 
@@ -234,7 +241,7 @@ class ExpertRuntime:
         """Notes what the slots hold before the first load of a forward pass."""
         if self.current is not self._pass:
             self._pass, self._held = self.current, self.cache.resident()
-            self._left_ahead = self._most_ahead
+            self._left_ahead = self._most_ahead * max(1, len(self.current.parts))
 
     def _arrived(self, loading: list[ExpertKey]) -> list[ExpertKey]:
         """What to wait for and compute next.

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from cache.cache_log import load_log, replay_log
 from cache.guesses import GuessWorth
 from cache.keys import ExpertKey
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import ExpertFileError
-from offload.events import RunStats
+from offload.events import RowDone, RunStats
 from offload.model.prefetch.next_gate import NextGate
 from tests.engines import finish, open_tiny
 from tests.tiny_models import build_tiny
@@ -139,6 +140,40 @@ def test_prediction_is_the_next_router_on_this_layers_input(checkpoint: Path, tm
             predictor.record_event(layer, experts, decode=True)
         assert list(predictor.guesses(modules[2], hidden, 1)) == [last, (modules[0], [7])]
         assert list(predictor.guesses(modules[3], hidden, 2)) == [(modules[0], [7, 1]), (modules[1], [3, 4])]
+        rows = torch.randn(3, model.config.hidden_size, dtype=model.dtype)
+        rows = torch.cat([rows, rows[1:2]])  # so that what the second one wants is wanted twice
+        guessed = list(predictor.guesses(modules[1], rows, 2))
+        best = [[int(expert) for expert in torch.nn.functional.linear(row, blocks[2].gate.weight).topk(2).indices]
+                for row in rows]  # fmt: skip
+        (layer, experts), *further = guessed
+        assert (layer, further) == (modules[2], []), "of several rows the next layer alone"
+        wanted = {expert: sum(expert in row for row in best) for row in best for expert in row}
+        assert sorted(experts) == sorted(wanted), "the first choices of each row"
+        assert [wanted[expert] for expert in experts] == sorted(wanted.values(), reverse=True)
+        assert list(predictor.guesses(modules[3], rows, 2)) == []
+
+
+@pytest.mark.parametrize("prefetch", ["next-gate", "previous-token"])
+def test_rows_of_a_batch_prefetch(checkpoint: Path, tmp_path: Path, prefetch: str) -> None:
+    def run(**settings: Any) -> tuple[list[tuple[str, str | None]], RunStats]:
+        with open_tiny(checkpoint, tmp_path, residency=0.4, batch_rows=3, **settings) as engine:
+            texts = ("one two three", "four", "five six", "seven eight nine ten", "one")
+            rows = iter([engine.prepare(text, SamplingSettings(temperature=0, max_new_tokens=24)) for text in texts])
+            events = engine.generate_rows(lambda room: next(rows, None))
+            ends = [event for event in events if isinstance(event, RowDone)]
+            engine._runtime.cache.check_integrity()
+            return sorted((end.text, end.error) for end in ends), engine.stats()
+
+    expected, plain = run()
+    assert plain.experts.prefetched == 0
+    log = tmp_path / "cache.log"
+    found, stats = run(prefetch=prefetch, cache_log=log)
+    assert found == expected
+    assert 0 < stats.experts.prefetch_used <= stats.experts.prefetched
+    counters = replay_log(load_log(log))
+    assert counters.decode.hits + counters.prefill.hits == stats.experts.hits
+    size = stats.bytes.prefetched // stats.experts.prefetched
+    assert run(prefetch=prefetch, prefetch_bytes=size // 3 - 1)[1].experts.prefetched == 0, "three rows have no byte"
 
 
 def engine_predictor(engine: Engine) -> NextGate:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cache.events import Events
-from cache.predictors import PREFETCH_LAYERS, PredictorContext, make_predictor
+from cache.predictors import PredictorContext, layers_ahead, make_predictor
 from offload.model.prefetch.base import Guess, Prefetcher
 from offload.model.transformers_api import ExpertsModule
 
@@ -30,6 +30,7 @@ class Foretold(Prefetcher):
         self.worth.record_event(layer, experts, decode=decode)
 
     def guesses(self, layer: int, hidden: torch.Tensor, limit: int) -> Iterator[Guess]:
-        for steps in range(1, PREFETCH_LAYERS + 1):
+        limit *= len(hidden)
+        for steps in range(1, layers_ahead(len(hidden)) + 1):
             if experts := self._predictor.predict(layer, limit, steps):
                 yield self._predictor.layer_after(layer, steps), experts

@@ -2,7 +2,8 @@
 
 The residual stream changes little from layer to layer, so the guess is right for 60 to 90 % of the experts of the next
 layer with no training, and for fewer of the one after it. What the next token brings, no router can tell before it is
-known: its first layers are expected to take what they took for this one.
+known: its first layers are expected to take what they took for this one. Of several tokens, rows of a batch, only
+the next layer is foretold.
 
 Source: Eliseev and Mazur, "Fast inference of Mixture-of-Experts language models with offloading", 2023 (speculative
 expert loading).
@@ -15,8 +16,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cache.predictors import PREFETCH_LAYERS
-from offload.model.prefetch.base import Guess, Prefetcher
+from cache.predictors import PREFETCH_LAYERS, layers_ahead
+from offload.model.prefetch.base import Guess, Prefetcher, most_wanted
 from offload.model.transformers_api import ExpertsModule, Router, find_router
 
 
@@ -43,19 +44,19 @@ class NextGate(Prefetcher):
 
     def guesses(self, layer: int, hidden: torch.Tensor, limit: int) -> Iterator[Guess]:
         place = bisect.bisect_left(self._layers, layer)
-        for after in range(place + 1, place + 1 + PREFETCH_LAYERS):
+        for after in range(place + 1, place + 1 + layers_ahead(len(hidden))):
             number = self._layers[after % len(self._layers)]
             if after < len(self._layers):
                 router = self._routers.get(number)
                 if router is not None and router.weight.shape[1] == hidden.shape[1]:
                     yield number, _likeliest(router, hidden, limit)
-            elif before := self._before.get(number):
+            elif len(hidden) == 1 and (before := self._before.get(number)):
                 yield number, before[:limit]
 
 
 def _likeliest(router: Router, hidden: torch.Tensor, limit: int) -> list[int]:
-    scores = torch.nn.functional.linear(hidden, router.weight.to(hidden.dtype), None)[0].float()
+    scores = torch.nn.functional.linear(hidden, router.weight.to(hidden.dtype), None).float()
     if router.correction is not None:  # it moves the choice, not the weights: families with a sigmoid router
         scores = scores.sigmoid() + router.correction
-    best: list[int] = scores.topk(min(limit, len(scores))).indices.tolist()
-    return [expert for expert in best if expert < router.experts]
+    best = scores.topk(min(limit, scores.shape[1])).indices.tolist()
+    return [expert for expert in most_wanted(best) if expert < router.experts]
