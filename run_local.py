@@ -124,6 +124,7 @@ def _batch(arguments: argparse.Namespace, values: FlagValues) -> int:
                     done_before=sink.done,
                     rows_total=job.total,
                     on_progress=report,
+                    on_notice=lambda notice: screen.note(notice.text),
                     should_stop=lambda: interrupts.interrupted,
                     should_cancel=lambda: interrupts.cancelled,
                 )

@@ -411,7 +411,9 @@ class Engine(LiveMethods):
             self._settings.kv_cache,
         )
         try:
-            yield from passes.run(take, self._encoder.tokenizer, self._form, self._stop_ids, self._defaults)
+            for event in passes.run(take, self._encoder.tokenizer, self._form, self._stop_ids, self._defaults):
+                yield from self._said()
+                yield event
         finally:
             self._passes.requests, self._passes.forwards = passes.requests, passes.forwards
             self._close_meter(meter)

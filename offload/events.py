@@ -284,7 +284,7 @@ class RowDone:
     reasoning: str = ""
 
 
-RowEvent = RowsPass | RowDone
+RowEvent = RowsPass | RowDone | Notice
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,8 @@ class RowEngine(Protocol):
         """Answer the rows that ``take`` gives whenever there is room for one; it ends when there is none and nothing is
         in flight. With nothing in flight there is room for any.
 
-        Yields a ``RowsPass`` after each forward pass and one ``RowDone`` for each row that was taken, as it ends.
+        Yields a ``RowsPass`` after each forward pass, one ``RowDone`` for each row that was taken, as it ends, and a
+        ``Notice`` for what the user should see.
         ``cancel`` ends all rows in flight with reason "cancelled", and takes no other.
         """
         ...

@@ -12,7 +12,7 @@ from offload.bench.figures import TABLE, BenchRun, spreads
 from offload.bench.request import Workload
 from offload.config import SamplingSettings
 from offload.errors import RunLocalError
-from offload.events import Done, Notice, RowDone, RunStats, Token
+from offload.events import Done, Notice, RowDone, RowsPass, RunStats, Token
 from offload.memory.work import Rates, Work
 from offload.protocol import BenchEngine, PreparedRow, RowEngine
 
@@ -180,7 +180,7 @@ def _run_rows(engine: RowEngine, prompts: list[list[int]], settings: SamplingSet
         if isinstance(event, RowDone):
             _check_end(event)
             done += event.new_tokens
-        else:
+        elif isinstance(event, RowsPass):
             laps.at(done + event.new_tokens)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from offload.config import SamplingSettings
 from offload.errors import ContextError, RunLocalError
-from offload.events import BatchProgress, Done, RowDone, RunStats, Token
+from offload.events import BatchProgress, Done, Notice, RowDone, RunStats, Token
 from offload.generation.batch import InputRow, OutputRow, parse_row
 from offload.protocol import ChatEngine, PreparedRow, RowEngine
 
@@ -85,6 +85,7 @@ def run_batch(
     done_before: Counter[str] | None = None,
     rows_total: int | None = None,
     on_progress: Callable[[BatchProgress], None] = lambda progress: None,
+    on_notice: Callable[[Notice], None] = lambda notice: None,
     should_stop: Callable[[], bool] = lambda: False,
     should_cancel: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
@@ -97,7 +98,7 @@ def run_batch(
 
     Raises RunLocalError if an output row cannot be written.
     """
-    run = _Run(engine, sink, options or BatchOptions(), rows_total, on_progress, clock)
+    run = _Run(engine, sink, options or BatchOptions(), rows_total, on_progress, on_notice, clock)
     run.input = run.read(lines, sampling, base_seed, Counter(done_before or {}))
     shares = isinstance(engine, RowEngine) and engine.rows_at_once > 1
     if shares:
@@ -126,6 +127,7 @@ class _Run:
         options: BatchOptions,
         rows_total: int | None,
         on_progress: Callable[[BatchProgress], None],
+        on_notice: Callable[[Notice], None],
         clock: Callable[[], float],
     ) -> None:
         self._engine = engine
@@ -133,6 +135,7 @@ class _Run:
         self._options = options
         self._total = rows_total
         self._on_progress = on_progress
+        self._on_notice = on_notice
         self._clock = clock
         self._started = clock()
         self._stats: RunStats = engine.stats()
@@ -178,7 +181,7 @@ class _Run:
                 if should_cancel():
                     self._engine.cancel()
 
-            result = _answer(self._engine, pending.row, on_token)
+            result = _answer(self._engine, pending.row, on_token, self._on_notice)
             if result is None:
                 self._interrupted = True
                 return
@@ -207,6 +210,9 @@ class _Run:
         for event in engine.generate_rows(take):
             if should_cancel():
                 self._engine.cancel()
+            if isinstance(event, Notice):
+                self._on_notice(event)
+                continue
             if not isinstance(event, RowDone):
                 self._passes += 1
                 self._ran += max(1, event.running)
@@ -329,7 +335,9 @@ class _Run:
         )
 
 
-def _answer(engine: ChatEngine, row: InputRow, on_token: Callable[[int], None]) -> OutputRow | None:
+def _answer(
+    engine: ChatEngine, row: InputRow, on_token: Callable[[int], None], on_notice: Callable[[Notice], None]
+) -> OutputRow | None:
     """The output of one row that runs by itself; None if it was cancelled."""
     if row.error is not None or row.sampling is None:
         return OutputRow(row.id, None, "error", None, None, row.error)
@@ -340,6 +348,8 @@ def _answer(engine: ChatEngine, row: InputRow, on_token: Callable[[int], None]) 
                 if event.reason == "cancelled":
                     return None
                 return _output(row, event)
+            if isinstance(event, Notice):
+                on_notice(event)
             tokens += isinstance(event, Token)
             on_token(tokens)
     except RunLocalError as problem:

@@ -69,6 +69,27 @@ def test_a_model_larger_than_its_budget(tmp_path: Path) -> None:
     check(tmp_path / "model", 640 * MIB, env, prompt=PROMPT[:420], new_tokens=20)
 
 
+def test_a_packed_kv_cache(tmp_path: Path) -> None:
+    """With a long context, and with four rows at once: both fill most of their KV cache."""
+    make_checkpoint(tmp_path / "model", layers=4, context=4096)
+    env = {"RUN_LOCAL_CACHE": str(tmp_path / "cache")}
+    shared = ["--model", str(tmp_path / "model"), "--ram", "600MiB", "--ctx", "4096", "--kv-cache", "fp8"]
+    run_command("pack", "--model", str(tmp_path / "model"), env=env)
+    plan = json.loads(run_command("plan", "--json", *shared, env=env))
+    assert 0 < plan["residency"] < 1
+    for rows in (1, 4):
+        (tmp_path / "in.jsonl").write_text(
+            "".join(json.dumps({"id": n, "prompt": f"{n}" + "z9" * (1900 // rows)}) + "\n" for n in range(rows))
+        )
+        files = [str(tmp_path / "in.jsonl"), "-o", "-", "--batch-size", str(rows)]
+        batch = ["batch", *files, *shared, "--temperature", "0", "--max-new-tokens", "4"]
+        run = run_in_group([*COMMAND, *batch], 600 * MIB, env)
+        assert (run.code, run.killed) == (0, 0), run.stderr[-2000:]
+        done = [json.loads(line) for line in run.stdout.splitlines()]
+        assert [row["error"] for row in done] == [None] * rows
+        assert rows > 1 or run.peak_anonymous <= plan["anonymous_bytes"] + 48 * MIB
+
+
 def test_packing_stays_small(tmp_path: Path) -> None:
     """A pack of 576 MiB is written in a group that could not hold it."""
     make_checkpoint(tmp_path / "model", layers=6)

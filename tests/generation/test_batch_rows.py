@@ -16,7 +16,7 @@ import pytest
 
 from offload.config import SamplingSettings
 from offload.errors import ContextError, RunLocalError, UsageError
-from offload.events import BatchProgress, RowDone, RowEvent, RowsPass
+from offload.events import BatchProgress, Event, Notice, RowDone, RowEvent, RowsPass
 from offload.generation.batch_run import BatchOptions, BatchSummary, run_batch
 from offload.protocol import Message, PreparedRow, RowEngine, TakeRow
 from tests.tui.fake_engine import FakeEngine
@@ -34,6 +34,7 @@ class FakeRows(FakeEngine):
     widest: int = 0
     begun: list[str] = field(default_factory=list)
     stop_after: int | None = None
+    says: str | None = None
 
     def prepare(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> PreparedRow:
         assert isinstance(prompt, str)
@@ -60,6 +61,8 @@ class FakeRows(FakeEngine):
             if not flying:
                 return
             self.passes += 1
+            if self.says:
+                yield Notice(f"{self.says} {self.passes}")
             self.widest = max(self.widest, len(flying))
             if self._cancelled:
                 for number, (row, new) in flying.items():
@@ -115,6 +118,23 @@ def test_rows_are_written_as_they_end_and_the_longest_begin_first() -> None:
     assert engine.widest == 3
     _, sink, engine = batch(text)  # a stream: what has come is begun
     assert engine.begun == ["a", "bbbb", "cc", "dddddd", "e"]
+
+
+def test_what_an_engine_says_while_rows_run_is_passed_on() -> None:
+    said: list[Notice] = []
+    summary, sink, engine = batch(lines("aa", "bad"), FakeRows(says="hot"), on_notice=said.append)
+    assert said == [Notice(f"hot {number}") for number in range(1, engine.passes + 1)]
+    assert sorted(sink.ids, key=str) == ["aa", "bad"] and summary == batch(lines("aa", "bad"))[0]
+    assert summary.mean_running == batch(lines("aa", "bad"))[0].mean_running, "a notice is no pass"
+
+    class OneByOne(FakeEngine):
+        def generate(self, prompt: str | Sequence[Message], sampling: SamplingSettings) -> Iterator[Event]:
+            yield Notice("cold")
+            yield from super().generate(prompt, sampling)
+
+    said.clear()
+    summary = run_batch(OneByOne(), [lines("a").encode()], Sink(), SAMPLING, 7, on_notice=said.append)
+    assert said == [Notice("cold")] and summary.written == 1
 
 
 def test_ordered() -> None:

@@ -13,7 +13,7 @@ import torch
 from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import ContextError, ExpertFileError, UsageError
-from offload.events import RowDone, RowsPass, RunStats
+from offload.events import Notice, RowDone, RowsPass, RunStats
 from offload.protocol import PreparedRow
 from tests.engines import finish, open_tiny
 from tests.model.row_error import measure
@@ -50,7 +50,10 @@ def prompts(count: int) -> list[tuple[str, SamplingSettings]]:
 
 
 def answer_rows(
-    engine: Engine, rows: list[PreparedRow], on_pass: Callable[[RowsPass], None] = lambda event: None
+    engine: Engine,
+    rows: list[PreparedRow],
+    on_pass: Callable[[RowsPass], None] = lambda event: None,
+    on_notice: Callable[[Notice], None] = lambda event: None,
 ) -> dict[int, RowDone]:
     """Give the rows in order, each as soon as it fits; returns the ends by row."""
     left: Iterator[PreparedRow] = iter(rows)
@@ -66,6 +69,8 @@ def answer_rows(
         if isinstance(event, RowDone):
             assert event.row not in ends
             ends[event.row] = event
+        elif isinstance(event, Notice):
+            on_notice(event)
         else:
             on_pass(event)
     return ends
@@ -307,7 +312,9 @@ def test_memory_that_a_device_refuses_rows_costs_slots_and_no_answer(
             if engine.plan.slots == before:
                 vram.budget = vram.used + 1000  # somebody else took the rest
 
-        ends = answer_rows(engine, [engine.prepare(*row) for row in rows], on_pass)
+        said: list[Notice] = []
+        ends = answer_rows(engine, [engine.prepare(*row) for row in rows], on_pass, said.append)
+        assert said and all("expert slots were given up" in notice.text for notice in said), "while the rows run"
         assert engine.plan.slots < before
         assert {number: (end.text, end.error) for number, end in ends.items()} == {
             number: (end.text, None) for number, end in expected.items()
