@@ -280,14 +280,18 @@ def test_an_engine_for_one_row_says_so(checkpoints: Callable[[str], Path], packs
         assert engine.rows_at_once == 1
 
 
-@pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("architecture", "kv_cache"),
+    [("olmoe", "dynamic"), ("gpt_oss", "dynamic"), ("deepseek_v3", "dynamic"), ("olmoe", "fp8"), ("gpt_oss", "fp8")],
+)
 def test_rows_share_passes_on_a_device_of_its_own_memory(
-    architecture: str, checkpoints: Callable[[str], Path], packs: Path
+    architecture: str, kv_cache: str, checkpoints: Callable[[str], Path], packs: Path
 ) -> None:
     rows = prompts(6)
-    with open_tiny(checkpoints(architecture), packs, residency=0.3) as engine:
+    with open_tiny(checkpoints(architecture), packs, residency=0.3, kv_cache=kv_cache) as engine:
         alone = [finish(engine.generate(*row))[1].text for row in rows]
-    simulated = {"device": "simulated", "residency": 0.3, "batch_rows": 3, "prefill_chunk": 24}
+    simulated: dict[str, Any] = {"device": "simulated", "residency": 0.3, "batch_rows": 3, "prefill_chunk": 24}
+    simulated["kv_cache"] = kv_cache
     with open_tiny(checkpoints(architecture), packs, **simulated) as engine:
         passes: list[RowsPass] = []
         ends = answer_rows(engine, [engine.prepare(*row) for row in rows], passes.append)

@@ -9,7 +9,16 @@ import torch
 from transformers import DynamicCache
 
 from offload.checkpoint.source import open_source
-from offload.model.kv_cache import Fp8Layer, KVState, PreallocatedLayer, kv_cache_bytes, kv_row_memory, new_kv_cache
+from offload.model.kv_cache import (
+    FP8,
+    Fp8Layer,
+    KVState,
+    PreallocatedLayer,
+    decoded,
+    kv_cache_bytes,
+    kv_row_memory,
+    new_kv_cache,
+)
 from tests.tiny_models import TINY_ARCHITECTURES, build_tiny, load_reference
 
 IDS = list(range(20, 60))
@@ -55,6 +64,15 @@ def test_eight_bits_keep_states_of_any_size() -> None:
     assert torch.equal(copied.update(states[:, :, 6:], states[:, :, 6:])[0], keys)
     with pytest.raises(ValueError, match="do not fit"):
         ours.update(torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_eight_bits_are_decoded_as_torch_does(dtype: torch.dtype) -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(FP8)
+    codes = numbers[numbers.float().isfinite()].repeat(3).view(3, -1)[:, 1:]  # not one piece of memory
+    assert codes.numel() == 3 * 253
+    assert torch.equal(decoded(codes, dtype), codes.to(dtype))
+    assert torch.equal(decoded(codes, dtype).signbit(), codes.to(dtype).signbit())
 
 
 @pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_next"])
