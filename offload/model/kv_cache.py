@@ -19,7 +19,6 @@ from offload.model.attention import KEY_BLOCK
 
 FP8 = torch.float8_e4m3fn
 _FP8_MOST = torch.finfo(FP8).max
-_LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -107,7 +106,7 @@ class Fp8Layer(PreallocatedLayer):
             codes[:, :, start:end], scales[:, :, start:end] = to_fp8(states)
         self.show(end)
         keys, values = (
-            decoded(codes[:, :, :end], key_states.dtype).mul_(scales[:, :, :end])
+            decoded(codes[:, :, :end], key_states.dtype).mul_(scales[:, :, :end].to(key_states.dtype))
             for codes, scales in zip(self._buffers, self._scales, strict=True)
         )
         return keys, values
@@ -135,8 +134,12 @@ class Fp8Layer(PreallocatedLayer):
 
 
 def to_fp8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``states`` [..., width] in 8 bits, and their scales [..., 1]."""
-    scale = (states.abs().amax(-1, keepdim=True).float() / _FP8_MOST).clamp(min=_LEAST_SCALE)
+    """``states`` [..., width] in 8 bits, and their scales [..., 1], float32 of values that the states' dtype has.
+
+    So they can multiply codes of that dtype: a product of two dtypes takes torch ten times as long.
+    """
+    scale = states.abs().amax(-1, keepdim=True).float() / _FP8_MOST
+    scale = scale.clamp(min=torch.finfo(states.dtype).tiny).to(states.dtype).float()
     return (states.float() / scale).to(FP8), scale
 
 
