@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,16 +9,13 @@ from typing import Any
 from cache.keys import ExpertKey
 from cache.machines import Machine
 from cache.misses import ExpertWork, MissPlanner, MissRates
+from offload.memory.hit_rates import expected_hit_rate
 from offload.memory.tier_plan import TierPlan
 
 _LAUNCHES = 77
 """Operations that PyTorch launches for one layer of today's models in eager mode (counted for Qwen3-MoE)."""
 _GRAPH_LAUNCHES = 7
 """With ``--graphs``: the graph, and what the experts take (counted on the simulated device, docs/devices.md)."""
-_HIT_RATES = ((0.0, 0.0), (0.0625, 0.257), (0.125, 0.431), (0.25, 0.678), (0.5, 0.925), (0.75, 0.99), (1.0, 1.0))
-"""Hit rate by residency: a published trace of gpt-oss-20b (24 layers, 32 experts, top 4), 9,544 decoded tokens, with
-``ewma`` and the scope ``global``, replayed with ``cache.simulate`` (2026-11-25). Models with more and smaller experts
-may do better: a short trace with 128 experts a layer hits 59 % at a residency of an eighth, 79 % at a quarter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +88,6 @@ _ADVICE = {
     "device memory": "--format int4 and --dense-format int8 give the device fewer bytes to read",
     "launches": "--graphs on launches what stands between the experts as one",
 }
-
-
-def expected_hit_rate(residency: float) -> float:
-    """Between the points of a real trace, on straight lines."""
-    for (low, least), (high, most) in itertools.pairwise(_HIT_RATES):
-        if residency <= high:
-            return least + (most - least) * (residency - low) / (high - low)
-    return 1.0
 
 
 def estimate(plan: TierPlan, work: Work, machine: Machine, miss: str = "fetch") -> Estimate:

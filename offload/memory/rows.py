@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from offload.memory.hit_rates import expected_hit_rate
+
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 DISK_BYTES_PER_S = 1.5e9
 MEMORY_BYTES_PER_S = 10e9
@@ -13,6 +15,8 @@ DEVICE_BYTES_PER_S = 250e9
 """Rates of a machine that was not measured, and of a card. Only what they are to each other decides."""
 _NEXT_ROW = 0.25
 """What a further row's arithmetic costs, as a share of the first one's, which waits for the memory."""
+_LAYER_S = 0.8e-3
+"""What a layer takes beside its weights in any pass: the Python of model and cache, norms, the router."""
 _GOOD_ENOUGH = 0.95
 """The fewest rows that reach this share of the best rate are chosen: more take memory and let each row wait longer."""
 
@@ -51,13 +55,27 @@ class GainCurve:
         """Experts of a layer that ``rows`` tokens take together, if all are as likely: real routers take fewer."""
         return self.experts * (1 - (1 - min(1.0, self.top_k / self.experts)) ** rows)
 
+    def hit_rate(self, rows: int, slots: int) -> float:
+        """The share of the needed records that are found in ``slots``.
+
+        One row finds its favourites, which are resident for it. Others have favourites of their own; rows that need
+        all experts find no more than have slots. Between these it follows how many they need.
+        """
+        residency = min(1.0, slots / (self.layers * self.experts))
+        alone = expected_hit_rate(residency)
+        others = self.experts - self.distinct(1)
+        spread = (self.distinct(rows) - self.distinct(1)) / others if others > 0 else 1.0
+        return alone - spread * max(0.0, alone - residency)
+
     def tokens_per_s(self, rows: int, slots: int) -> float:
-        """Expected rate of decoding, where ``slots`` records are resident whoever asks for them."""
-        missing = max(0.0, 1 - slots / (self.layers * self.experts))
-        needed = self.layers * self.distinct(rows) * self.record_bytes
-        first = self.skeleton_bytes + self.layers * self.top_k * self.record_bytes
-        compute = (self.skeleton_bytes + needed + _NEXT_ROW * (rows - 1) * first) / self.memory
-        return rows / (needed * missing / self.disk + compute)
+        """Expected rate of decoding with ``slots``. Experts are computed while others are read, all else is not."""
+        needed, missing = self.distinct(rows), 1 - self.hit_rate(rows, slots)
+        first_reads = 1 - (1 - missing) ** needed  # nothing else is read beside the first of an event
+        disk = (needed * missing + first_reads) * self.record_bytes / self.disk
+        more = _NEXT_ROW * (rows - 1)
+        experts = (needed + more * self.top_k) * self.record_bytes / self.memory
+        dense = self.skeleton_bytes * (1 + more) / self.memory
+        return rows / (dense + self.layers * (max(disk, experts) + _LAYER_S))
 
     def choose(self, slots: Mapping[int, int]) -> int:
         """The number of rows to run at once, of those in ``slots``, which tells what each leaves for experts."""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cache.machines import load_machine
 from offload.config import parse_size
 from offload.errors import BudgetError
-from offload.memory.estimate import Work, estimate, expected_hit_rate
+from offload.memory.estimate import Work, estimate
+from offload.memory.hit_rates import expected_hit_rate
 from offload.memory.plan import Baseline, ModelSizes
 from offload.memory.tier_plan import Asked, TierPlan, Vram, make_tier_plan, ram_fixed, vram_fixed
 
