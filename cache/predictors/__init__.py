@@ -34,7 +34,7 @@ def layers_ahead(tokens: int) -> int:
     """How many layers ahead records are prefetched in a pass in which so many tokens decode.
 
     Several tokens read so much that the disk has time for one layer's guesses, and of those beyond the next layer too
-    many are wrong (docs/performance.md).
+    many are wrong (docs/batch.md).
     """
     return PREFETCH_LAYERS if tokens == 1 else 1
 
