@@ -96,6 +96,11 @@ class LoggedCache(ExpertCache):
         self.log.append(("reserve_ahead", list(keys), found, None if repays is None else answers))
         return found
 
+    def reserve_next(self, keys: Sequence[ExpertKey]) -> list[Reservation]:
+        found = super().reserve_next(keys)
+        self.log.append(("reserve_next", list(keys), found))
+        return found
+
     def commit(self, key: ExpertKey) -> None:
         super().commit(key)
         self.log.append(("commit", key))
@@ -208,6 +213,10 @@ def _reserve_ahead(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:
     return _plain(_reservations(a[1])), _plain(cache.reserve_ahead(_keys(a[0]), repays))
 
 
+def _reserve_next(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:
+    return _plain(_reservations(a[1])), _plain(cache.reserve_next(_keys(a[0])))
+
+
 def _change(cache: ExpertCache, a: Sequence[Any]) -> tuple[Any, Any]:
     setup = _setup(a[0])
     cache.change_policy(setup.make_policy(), setup.shared_layers())
@@ -225,6 +234,7 @@ _CALLS: dict[str, Any] = {
     "lookup": _lookup,
     "reserve": _reserve,
     "reserve_ahead": _reserve_ahead,
+    "reserve_next": _reserve_next,
     "commit": lambda cache, a: (None, cache.commit(ExpertKey(*a[0]))),
     "abandon": lambda cache, a: (None, cache.abandon(ExpertKey(*a[0]))),
     "release": lambda cache, a: (None, cache.release(ExpertKey(*a[0]))),

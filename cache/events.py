@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
@@ -50,6 +50,15 @@ class Events:
         """The experts of every event as lists."""
         flat, starts = self.experts.tolist(), self.starts.tolist()
         return [flat[start:end] for start, end in pairwise(starts)]
+
+    def rows(self) -> Iterator[tuple[int, bool, list[int]]]:
+        """Layer, decode and experts of every event."""
+        return zip(self.layer.tolist(), self.decode.tolist(), self.sets(), strict=True)
+
+    def experts_of_a_token(self) -> int:
+        """The most that one decoded token took of a layer, at least 1."""
+        sizes = np.diff(self.starts)[self.decode & (self.tokens == 1)]
+        return int(sizes.max(initial=1))
 
     def where(self, keep: NDArray[np.bool_]) -> Events:
         """The events for which ``keep`` [E] is true."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 
-from cache.keys import ExpertKey, KeyTable
+from cache.keys import ExpertKey
 from cache.outcomes import CacheCounters, Counters, Lookup, Reservation, SlotState
 from cache.policies.base import Policy
 from cache.shares import layer_shares, passing_slots
+from cache.slot_table import SlotTable
 
 __all__ = ["CacheCounters", "Counters", "ExpertCache", "Lookup", "Reservation", "SlotState"]
 
 
-class ExpertCache:
+class ExpertCache(SlotTable):
     """Slots, their states, and the event that is being served. Holds no weights; not thread-safe by design.
 
     One event goes like this, always on the engine thread::
@@ -38,7 +39,8 @@ class ExpertCache:
     would find nothing. So its events stream (``recent`` of :meth:`lookup`): beyond ``fill`` slots for each layer, while
     there are free ones, records go through a few slots at the cold end, which any later event takes first: how many
     follows from ``records``, the number of all experts. Only what the most recent tokens use stays, in place of records
-    of the same layer that the pass does not need.
+    of the same layer that the pass does not need. What the next event of such a pass will take can be loaded before it
+    (:meth:`reserve_next`).
     """
 
     def __init__(
@@ -49,54 +51,18 @@ class ExpertCache:
         fill: int | None = None,
         records: int | None = None,
     ) -> None:
-        if slots < 1:
-            raise ValueError("an expert cache needs at least one slot")
-        self.policy = policy
-        self.counters = CacheCounters()
-        self._key: list[ExpertKey | None] = [None] * slots
-        self._slot: dict[ExpertKey, int] = {}
-        self._free = list(range(slots - 1, -1, -1))  # taken from the end: slot 0 first
-        self._loading: set[ExpertKey] = set()
+        super().__init__(slots, policy)
         self._event: Sequence[ExpertKey] = ()
         self._needed: set[ExpertKey] = set()  # keys of the open event that were not released
-        self.keys = KeyTable().of
-        """``keys(layer, experts)``: the keys of ``experts`` of ``layer``, the same objects every time."""
-        self._held: defaultdict[int, int] = defaultdict(int)  # slots that each layer has
         self._share = None if layers is None else layer_shares(slots, layers)
         self._fill = slots if fill is None else fill
-        self._passing: dict[ExpertKey, None] = {}  # records at the cold end, the oldest first
         self._most_passing = passing_slots(slots, records)
         self._recent: frozenset[ExpertKey] | None = None  # of the open event, if it streams
         self._foretold: set[ExpertKey] = set()  # loaded ahead, and their layer's event has not come yet
-        self._retired: set[int] = set()  # numbers of slots that have no memory
-
-    @property
-    def slots(self) -> int:
-        return len(self._key) - len(self._retired)
-
-    def state(self, key: ExpertKey) -> SlotState:
-        """EMPTY means: not resident."""
-        if key not in self._slot:
-            return SlotState.EMPTY
-        return SlotState.LOADING if key in self._loading else SlotState.READY
-
-    def slot(self, key: ExpertKey) -> int:
-        """The slot of a resident key. Raises KeyError if it has none."""
-        return self._slot[key]
-
-    def resident(self) -> set[ExpertKey]:
-        """Keys that hold a slot, loading ones included."""
-        return set(self._slot)
 
     def has_free_slot(self, layer: int) -> bool:
         """Whether a key of ``layer`` could be admitted now without a victim."""
         return self._free_for(layer) > 0
-
-    def occupancy(self) -> list[tuple[ExpertKey, SlotState]]:
-        """The resident keys with their states. The one method that other threads may call: the copies are made in one
-        step each, so that a key may show the state of a moment before, but nothing is torn."""
-        keys, loading = self._key[:], self._loading.copy()
-        return [(key, SlotState.LOADING if key in loading else SlotState.READY) for key in keys if key is not None]
 
     def change_policy(self, policy: Policy, layers: Iterable[int] | None = None) -> None:
         """Go on with a fresh ``policy``, under the scope ``layer`` with ``layers``, else ``global``; residents stay.
@@ -205,6 +171,32 @@ class ExpertCache:
             self._foretold.update(wanted[: free + len(victims)])
         return self._take_slots(wanted[: free + len(victims)], free, victims)
 
+    def reserve_next(self, keys: Sequence[ExpertKey]) -> list[Reservation]:
+        """Give slots to the first of ``keys``, which the next event of a pass that streams will take; maybe none.
+
+        ``keys`` are of one layer and not resident. They get what that event would take first: free slots of the layer's
+        share, then those at the cold end, once nothing in them is loading or needed by the open event. Nothing else
+        goes, so under the scope ``layer`` only free slots are given. No more records than there are slots at the cold
+        end are ever on their way for events to come. Raises ValueError if a key is resident already.
+        """
+        room = self._most_passing - len(self._loading.difference(self._event))
+        if room <= 0 or not keys:
+            return []
+        for key in keys:
+            if key in self._slot:
+                raise ValueError(f"reserve_next: {key} is resident already")
+        layer = keys[0].layer
+        if self._share is not None:
+            free = min(room, len(keys), self._free_for(layer))
+            return self._take_slots(keys[:free], free, [])
+        free = max(0, min(room, len(keys), len(self._free), self._fill - self._held[layer]))
+        kept = self._loading | self._needed
+        victims = [key for key in self._passing if key not in kept and key.layer != layer]
+        victims = victims[: min(room, len(keys)) - free]
+        taken = self._take_slots(keys[: free + len(victims)], free, victims)
+        self._passing.update((load.key, None) for load in taken[free:])
+        return taken
+
     def commit(self, key: ExpertKey) -> None:
         """The load of ``key`` is done. Raises ValueError if it was not loading."""
         self._finish_loading(key)
@@ -283,21 +275,10 @@ class ExpertCache:
 
     def check_integrity(self) -> None:
         """Assert every invariant of the state machine. For tests; O(slots)."""
-        held = {key: slot for slot, key in enumerate(self._key) if key is not None}
-        assert held == self._slot, "keys and slots name each other"
-        assert len(self._free) == len(set(self._free)), "a free slot is free once"
-        for slot, key in enumerate(self._key):
-            empty = slot in self._free or slot in self._retired
-            assert (key is None) == empty, f"slot {slot} is consistent"
-        assert self._retired.isdisjoint(self._free), "a retired slot is not free"
-        assert self._loading <= self._slot.keys(), "what is loading has a slot"
+        super().check_integrity()
         assert self._passing.keys() <= self._slot.keys(), "what passes through has a slot"
         assert self._foretold <= self._slot.keys(), "what was loaded ahead has a slot"
         assert self._needed <= set(self._event), "only keys of the open event are needed"
-        assert self.policy.resident() == set(self._slot), "the policy knows exactly the resident keys"
-        by_layer = Counter(key.layer for key in self._slot)
-        assert by_layer == Counter(self._held), "the slots of each layer are counted"
-        self.policy.check_integrity()
 
     def _free_for(self, layer: int) -> int:
         """Free slots that ``layer`` may take."""
@@ -415,34 +396,6 @@ class ExpertCache:
                 del above[most]
         return chosen
 
-    def _take_slots(self, keys: Sequence[ExpertKey], free: int, victims: list[ExpertKey]) -> list[Reservation]:
-        """The first ``free`` keys take free slots, the others those of ``victims``, one for each."""
-        for victim in victims:  # all go before the first comes, so that a policy sees one search carried out
-            self._vacate(victim)
-        self.counters.evictions += len(victims)
-        slots = self._free[len(self._free) - len(keys) :]
-        del self._free[len(self._free) - len(keys) :]
-        slots = slots[: len(slots) - len(victims)][::-1] + slots[len(slots) - len(victims) :]
-        reservations = []
-        for number, (key, slot) in enumerate(zip(keys, slots, strict=True)):
-            self._key[slot] = key
-            self._slot[key] = slot
-            self._held[key.layer] += 1
-            self._loading.add(key)
-            self.policy.admit(key)
-            reservations.append(Reservation(key, slot, victims[number - free] if number >= free else None))
-        return reservations
-
-    def _finish_loading(self, key: ExpertKey) -> None:
-        if key not in self._loading:
-            raise ValueError(f"{key} is not loading")
-        self._loading.remove(key)
-
     def _vacate(self, key: ExpertKey) -> None:
-        slot = self._slot.pop(key)
-        self._key[slot] = None
-        self._held[key.layer] -= 1
-        self._free.append(slot)
-        self._passing.pop(key, None)
+        super()._vacate(key)
         self._foretold.discard(key)
-        self.policy.evict(key)

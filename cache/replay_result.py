@@ -17,6 +17,7 @@ class Part:
     ``prefetched`` records were asked for ahead, ``dropped`` ones of them given up before they were read. ``used`` are
     those that an event found ready or on their way, ``wasted`` those that were read and evicted, or left over, before
     that. ``on_cpu`` of the misses were computed where they lay, and ``admitted`` of these were copied all the same.
+    ``read_ahead`` records were read by passes of many tokens before their event (:mod:`cache.read_ahead`).
     """
 
     events: Counts
@@ -30,6 +31,7 @@ class Part:
     wasted: Counts
     on_cpu: Counts
     admitted: Counts
+    read_ahead: Counts
 
     @property
     def accesses(self) -> int:
@@ -50,8 +52,10 @@ class Part:
 
     @property
     def loads(self) -> int:
-        """Records that were read: misses and prefetches, without those that were dropped or computed where they lay."""
-        return int((self.misses - self.on_cpu + self.admitted + self.prefetched - self.dropped).sum())
+        """Records that were read: misses, prefetches and what was read ahead, without those that were dropped or
+        computed where they lay."""
+        asked = self.misses + self.prefetched + self.read_ahead
+        return int((asked - self.on_cpu + self.admitted - self.dropped).sum())
 
     def __add__(self, other: Part) -> Part:
         return Part(**{name: getattr(self, name) + getattr(other, name) for name in PART_COLUMNS})

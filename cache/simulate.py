@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from cache.events import Events, trace_events
 from cache.expert_cache import ExpertCache, Lookup, Reservation, SlotState
 from cache.guesses import GuessWorth, guesses_of
@@ -17,7 +15,23 @@ from cache.keys import ExpertKey
 from cache.misses import MOST_ADMITTED, ExpertWork, MissPlanner, MissRates
 from cache.policies import PolicyContext, is_simulation_only, make_policy
 from cache.predictors import PredictorContext, layers_ahead, make_predictor
-from cache.replay_result import PART_COLUMNS, Part, Prediction, Seconds
+from cache.read_ahead import ReadAhead
+from cache.replay_counts import (
+    ADMITTED,
+    DROPPED,
+    EVENTS,
+    EVICTIONS,
+    HITS,
+    MISSES,
+    ON_CPU,
+    PENDING,
+    PREFETCHED,
+    READ_AHEAD,
+    USED,
+    WASTED,
+    ReplayCounts,
+)
+from cache.replay_result import Part, Prediction, Seconds
 from cache.shares import even_share
 from cache.timeline import Timeline
 from cache.trace import Trace
@@ -103,10 +117,12 @@ def replay(trace: Trace, settings: ReplaySettings, training: Trace | None = None
 def replay_events(events: Events, settings: ReplaySettings, training: Events | None = None) -> ReplayResult:
     """:func:`replay`, for events that several replays share."""
     apart = settings.fresh_per_request and (is_simulation_only(settings.policy) or not settings.keep_learned)
-    counts = _Counts(events.layers())
+    counts = ReplayCounts(events.layers())
     for part in _requests(events) if apart else [events]:
         _Replay(part, settings, training, counts).run()
-    return counts.result(settings)
+    prefill, decode = counts.times() if settings.hardware else (None, None)
+    prediction = Prediction(*counts.prediction) if settings.predictor else None
+    return ReplayResult(settings, counts.layers, *counts.parts(), decode, prefill, prediction)
 
 
 def _requests(events: Events) -> Iterator[Events]:
@@ -114,34 +130,10 @@ def _requests(events: Events) -> Iterator[Events]:
         yield events.where(events.request == request)
 
 
-class _Counts:
-    """Sums over the parts of a replay. Rows of lists: one element at a time they are faster than arrays."""
-
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.layers = tuple(layers)
-        self.cold, self.steady = ({layer: [0] * len(PART_COLUMNS) for layer in layers} for _ in range(2))
-        self.prediction = [0, 0, 0]
-        self.seconds = np.zeros((2, 7))  # prefill and decode: the fields of Seconds
-
-    def result(self, settings: ReplaySettings) -> ReplayResult:
-        def part(rows: dict[int, list[int]]) -> Part:
-            table = np.array(list(rows.values()), dtype=np.int64).reshape(len(self.layers), len(PART_COLUMNS))
-            return Part(*table.T.copy())
-
-        prefill, decode = (_seconds(row) if settings.hardware else None for row in self.seconds.tolist())
-        prediction = Prediction(*self.prediction) if settings.predictor else None
-        return ReplayResult(settings, self.layers, part(self.cold), part(self.steady), decode, prefill, prediction)
-
-
-(
-    _EVENTS, _HITS, _PENDING, _MISSES, _EVICTIONS, _PREFETCHED, _DROPPED, _USED, _WASTED, _ON_CPU, _ADMITTED,
-) = range(len(PART_COLUMNS))  # fmt: skip
-
-
 class _Replay:
     """One replay from an empty cache."""
 
-    def __init__(self, events: Events, settings: ReplaySettings, training: Events | None, counts: _Counts) -> None:
+    def __init__(self, events: Events, settings: ReplaySettings, training: Events | None, counts: ReplayCounts) -> None:
         layers = counts.layers
         experts = max(int(part.experts.max(initial=0)) + 1 for part in (events, training) if part is not None)
         context = PolicyContext(
@@ -154,15 +146,17 @@ class _Replay:
         self.cache = ExpertCache(settings.slots, policy, shared, fill, records)
         # what knows the future must be told of all of it, so its events do not stream
         self.recent = {} if is_simulation_only(settings.policy) else events.recent
+        self.reading = ReadAhead(self.cache, dict.fromkeys(layers, events.layer_experts or experts))
+        self.read_at = 0.0  # when the last of what it reads ahead arrives
         self.predictor = None
         self.worth = GuessWorth()
         self.limit = 0
         if settings.predictor is not None:
             self.predictor = make_predictor(settings.predictor, PredictorContext(layers, experts, events))
             link = settings.hardware is not None and settings.hardware.link_bytes_per_s is not None
-            self.limit = settings.prefetch_limit or guesses_of(_experts_of_a_token(events), link)
+            self.limit = settings.prefetch_limit or guesses_of(events.experts_of_a_token(), link)
             if training is not None and not self.predictor.simulation_only:
-                for layer, decode, chosen in _rows(training):
+                for layer, decode, chosen in training.rows():
                     self.predictor.record_event(layer, chosen, decode=decode)
         self.timeline = None
         if settings.hardware is not None and settings.record_bytes is not None:
@@ -178,25 +172,28 @@ class _Replay:
         emptied = self.settings.fresh_per_request
         last = None
         requests, tokens = self.events.request.tolist(), self.events.tokens.tolist()
-        for number, (layer, decode, experts) in enumerate(_rows(self.events)):
+        for number, (layer, decode, experts) in enumerate(self.events.rows()):
             if emptied and requests[number] != last:
                 if last is not None:
                     self._empty()
                 last = requests[number]
             row = (counts.cold if cache.has_free_slot(layer) else counts.steady)[layer]
+            if layer == counts.layers[0]:
+                self.reading.begin_pass(tokens[number] if number in self.recent else 1)
+                self._read_ahead()
             if plain:
                 evicted = cache.counters.evictions
-                found = cache.lookup(layer, experts, decode=decode, recent=self.recent.get(number))
-                if found.misses:
+                found = self._lookup(layer, experts, decode, tokens[number], self.recent.get(number))
+                if found.misses or found.pending or self.reading.aims:
                     self._load(found)
-                cache.end_event()
-                row[_EVICTIONS] += cache.counters.evictions - evicted
+                self._end_event(layer)
+                row[EVICTIONS] += cache.counters.evictions - evicted
             else:
                 found = self._event(row, layer, decode, experts, tokens[number], self.recent.get(number))
-            row[_EVENTS] += 1
-            row[_HITS] += len(found.hits)
-            row[_PENDING] += len(found.pending)
-            row[_MISSES] += len(found.misses)
+            row[EVENTS] += 1
+            row[HITS] += len(found.hits)
+            row[PENDING] += len(found.pending)
+            row[MISSES] += len(found.misses)
         self._end_prefetches()
 
     def _event(
@@ -215,11 +212,11 @@ class _Replay:
             del self.ahead[key]
             cache.commit(key)
         evicted = cache.counters.evictions
-        used = row[_USED]
+        used = row[USED]
         if self.planner is not None:  # what has not begun need not be copied: the CPU can compute it
             self._drop_late(row, layer)
-        found = cache.lookup(layer, experts, decode=decode, recent=recent)
-        arrival = self._sort_prefetches(row, layer, found)
+        found = self._lookup(layer, experts, decode, tokens, recent)
+        arrival = max(self._sort_prefetches(row, layer, found), self.read_at)
         on_cpu: list[ExpertKey] = []
         if self.planner is not None:
             keys = self.cache.keys(layer, experts)
@@ -235,22 +232,45 @@ class _Replay:
             self.worth.record_event(layer, experts, decode=decode)
             self.predictor.record_event(layer, experts, decode=decode)
         self._load(loads, (layer, tokens) if decode and self.predictor is not None else None)
-        row[_ON_CPU] += len(on_cpu)
-        row[_ADMITTED] += self._admit(on_cpu)
-        cache.end_event()
+        row[ON_CPU] += len(on_cpu)
+        row[ADMITTED] += self._admit(on_cpu)
+        self._end_event(layer)
         if timeline:
             timeline.compute(len(found.hits), len(on_cpu))
             timeline.wait(arrival)
             timeline.compute(len(found.pending) + len(loads.misses))
+            self.read_at = timeline.demand(len(self.reading.coming)) if self.reading.coming else 0.0
             stall, disk, link, now = (after - before for after, before in zip(self._clocks(), began, strict=True))
             done = tokens if layer == self.counts.layers[-1] else 0
             least = (
-                timeline.link_s(row[_USED] - used + len(loads.misses)),
+                timeline.link_s(row[USED] - used + len(self.reading.taken) + len(loads.misses)),
                 timeline.chain_s(tokens, len(found.hits), len(loads.misses), len(found.pending), len(on_cpu)),
             )
             self.counts.seconds[int(decode)] += now - stall, stall, disk, link, *least, done
-        row[_EVICTIONS] += cache.counters.evictions - evicted
+        row[EVICTIONS] += cache.counters.evictions - evicted
         return found
+
+    def _lookup(
+        self, layer: int, experts: list[int], decode: bool, tokens: int, recent: Sequence[Sequence[int]] | None
+    ) -> Lookup:
+        found = self.reading.take(self.cache.lookup(layer, experts, decode=decode, recent=recent))
+        self.reading.begin_event(layer, len(experts), tokens, recent)
+        return found
+
+    def _end_event(self, layer: int) -> None:
+        for key in self.reading.left(layer):
+            self._keep(key)
+        self.cache.end_event()
+
+    def _read_ahead(self) -> None:
+        loads = self.reading.reserve()
+        self._count_waste(loads)
+        for load in loads:
+            self.counts.steady[load.key.layer][READ_AHEAD] += 1
+
+    def _keep(self, key: ExpertKey) -> None:
+        self.reading.forget(key)
+        self.cache.commit(key)
 
     def _on_cpu(self, found: Lookup) -> list[ExpertKey]:
         assert self.planner is not None
@@ -276,7 +296,7 @@ class _Replay:
         cache = self.cache
         loads = cache.reserve(found.misses) if found.misses else []
         self._count_waste(loads)
-        if len(loads) == len(found.misses):  # all at once: nothing has to be released
+        if len(loads) == len(found.misses) and not self.reading.aims:  # all at once: nothing has to be released
             if ahead is not None:
                 self._prefetch(*ahead)
             for load in loads:
@@ -285,9 +305,16 @@ class _Replay:
                 cache.commit(key)
             return
         waiting = found.misses[len(loads) :]
-        queue = deque([*found.pending, *(load.key for load in loads)])
+        taken = len(self.reading.taken)
+        queue = deque([*found.pending[taken:], *(load.key for load in loads)])
+        if not waiting:
+            self._read_ahead()
+        for key in found.pending[:taken]:
+            cache.commit(key)
+            cache.release(key)
+            queue += self._next_loads(waiting)
         for hit in found.hits:
-            if not waiting:
+            if not waiting and not self.reading.aims:
                 break
             cache.release(hit)
             queue += self._next_loads(waiting)
@@ -299,20 +326,27 @@ class _Replay:
                 key = queue.popleft()
                 cache.commit(key)
                 cache.release(key)
-            else:  # prefetches hold the slots that are left
-                key = next(iter(self.ahead))
-                del self.ahead[key]
-                if self.timeline:
-                    self.timeline.finish(key)
-                cache.commit(key)
+            else:
+                self._give_way()
             queue += self._next_loads(waiting)
 
+    def _give_way(self) -> None:
+        """Loads that the event does not need hold the slots that are left: end one."""
+        if self.ahead:
+            key = next(iter(self.ahead))
+            del self.ahead[key]
+            if self.timeline:
+                self.timeline.finish(key)
+            self.cache.commit(key)
+        else:
+            self._keep(next(iter(self.reading.coming)))
+
     def _next_loads(self, waiting: list[ExpertKey]) -> list[ExpertKey]:
-        if not waiting:
-            return []
-        loads = self.cache.reserve(waiting)
+        loads = self.cache.reserve(waiting) if waiting else []
         self._count_waste(loads)
         del waiting[: len(loads)]
+        if not waiting:
+            self._read_ahead()
         return [load.key for load in loads]
 
     def _prefetch(self, layer: int, tokens: int) -> None:
@@ -328,7 +362,7 @@ class _Replay:
             loads = self.cache.reserve_ahead(self.cache.keys(after, guesses))
             self._count_waste(loads)
             for load in loads:
-                self.counts.steady[after][_PREFETCHED] += 1
+                self.counts.steady[after][PREFETCHED] += 1
                 self.ahead[load.key] = self.unused[load.key] = None
                 if self.timeline:
                     self.timeline.prefetch(load.key)
@@ -339,6 +373,8 @@ class _Replay:
         """Those that this event needs become its loads; those that came too late are dropped if they have not begun."""
         arrival = 0.0
         for key in found.pending:
+            if key not in self.ahead:
+                continue  # read ahead, not on a guess
             del self.ahead[key]
             if self.timeline:
                 arrival = max(arrival, self.timeline.finish(key))
@@ -346,7 +382,7 @@ class _Replay:
         for key in (*found.hits, *found.pending):
             if key in self.unused:
                 del self.unused[key]
-                row[_USED] += 1
+                row[USED] += 1
         return arrival
 
     def _worthwhile(self, layer: int, steps: int, guesses: list[int]) -> list[int]:
@@ -360,13 +396,13 @@ class _Replay:
                 del self.ahead[key]
                 self.unused.pop(key, None)
                 self.cache.abandon(key)
-                row[_DROPPED] += 1
+                row[DROPPED] += 1
 
     def _count_waste(self, loads: Sequence[Reservation]) -> None:
         for load in loads:
             if load.victim in self.unused:
                 del self.unused[load.victim]
-                self.counts.steady[load.victim.layer][_WASTED] += 1
+                self.counts.steady[load.victim.layer][WASTED] += 1
 
     def _check_guesses(self, layer: int, decode: bool, experts: list[int]) -> None:
         if self.guessed is not None and decode and self.guessed[0] == layer:
@@ -381,18 +417,20 @@ class _Replay:
 
     def _end_prefetches(self) -> None:
         """Nobody will use those that are left: what has not begun is dropped, the rest was read for nothing."""
+        for key in list(self.reading.coming):
+            self._keep(key)
         for key in self.ahead:
             if self.timeline and self.timeline.drop(key):
                 self.unused.pop(key, None)
                 self.cache.abandon(key)
-                self.counts.steady[key.layer][_DROPPED] += 1
+                self.counts.steady[key.layer][DROPPED] += 1
             else:
                 if self.timeline:
                     self.timeline.finish(key)
                 self.cache.commit(key)
         self.ahead.clear()
         for key in self.unused:
-            self.counts.steady[key.layer][_WASTED] += 1
+            self.counts.steady[key.layer][WASTED] += 1
         self.unused.clear()
 
     def _clocks(self) -> tuple[float, float, float, float]:
@@ -409,17 +447,3 @@ def _planner(settings: ReplaySettings) -> tuple[MissPlanner | None, ExpertWork]:
     link, device, host = rates.link_bytes_per_s, rates.expert_bytes_per_s, rates.host_bytes_per_s
     miss_rates = MissRates(link, device, unlimited, host, unlimited, rates.load_s, rates.event_s)
     return MissPlanner(miss_rates, settings.miss), work
-
-
-def _seconds(row: list[float]) -> Seconds:
-    compute, stall, disk, link, needed_link, chain, tokens = row
-    return Seconds(compute, stall, disk, link, needed_link, chain, int(tokens))
-
-
-def _rows(events: Events) -> Iterator[tuple[int, bool, list[int]]]:
-    return zip(events.layer.tolist(), events.decode.tolist(), events.sets(), strict=True)
-
-
-def _experts_of_a_token(events: Events) -> int:
-    sizes = np.diff(events.starts)[events.decode & (events.tokens == 1)]
-    return int(sizes.max(initial=1))

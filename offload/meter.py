@@ -48,6 +48,8 @@ class Tally:
     prefetched: int = 0
     prefetch_used: int = 0
     prefetch_bytes: int = 0
+    read_ahead: int = 0
+    read_ahead_used: int = 0
     events: int = 0
     compute_calls: int = 0
     computed_on_cpu: int = 0
@@ -142,6 +144,8 @@ class Meter:
             "prefetched": transfers.prefetched,
             "prefetch_used": transfers.prefetch_used,
             "prefetch_bytes": transfers.prefetch_bytes,
+            "read_ahead": transfers.read_ahead,
+            "read_ahead_used": transfers.read_ahead_used,
             "events": transfers.events,
             "compute_calls": transfers.compute_calls,
             "computed_on_cpu": transfers.computed_on_cpu,
@@ -207,6 +211,8 @@ def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, se
             prefetch_used=tally.prefetch_used,
             events=tally.events,
             compute_calls=tally.compute_calls,
+            read_ahead=tally.read_ahead,
+            read_ahead_used=tally.read_ahead_used,
         ),
         bytes=ByteStats(
             disk_read=tally.prefill_bytes + tally.decode_bytes,

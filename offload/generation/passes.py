@@ -12,7 +12,8 @@ from offload.devices.base import Device
 from offload.events import GraphUse, Notice
 from offload.graph_choice import GraphChoice
 from offload.memory.resize import Rooms
-from offload.model.experts import ExpertRuntime, ForwardPass
+from offload.model.experts import ExpertRuntime
+from offload.model.forward_pass import ForwardPass
 from offload.model.graphs import DecodeGraphs
 from offload.model.kv_cache import KVState
 
@@ -91,6 +92,7 @@ class Passes:
         )
         try:
             with self._device.running():
+                self._runtime.begin_pass(len(tokens))
                 if self._graphs is not None and decode and len(tokens) == 1 and not all_positions:
                     replayed = self._graphs.run(tokens[0])
                     if replayed is not None:

@@ -18,7 +18,8 @@ from offload.generation.sampling import Sampler
 from offload.memory.plan import ModelSizes
 from offload.memory.resize import Rooms
 from offload.meter import Meter
-from offload.model.experts import ExpertRuntime, ForwardPass
+from offload.model.experts import ExpertRuntime
+from offload.model.forward_pass import ForwardPass
 from offload.model.packed import RowAttention, Segment
 from offload.model.row_cache import RowCaches
 from offload.protocol import PreparedRow, TakeRow
@@ -89,6 +90,7 @@ class RowPasses:
         self.forwards += 1
         began = self._device.now()
         with self._device.running(), self._decoding if decode else nullcontext():
+            self._runtime.begin_pass(sum(part.count for part in parts))
             logits = self._attention.run(segments, self._device.torch_device).to("cpu")
         seconds = self._device.now() - began
         self._meter.tally.count_pass(seconds, [part.count for part in parts], decode)

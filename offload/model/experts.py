@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from cache.expert_cache import ExpertCache, Lookup, SlotState
 from cache.guesses import guesses_of
 from cache.keys import ExpertKey
 from cache.misses import MOST_ADMITTED
-from cache.trace import DECODE, PREFILL, TraceRecorder
+from cache.outcomes import Reservation
+from cache.read_ahead import ReadAhead
+from cache.trace import TraceRecorder
 from cache.usage import ExpertUsage
 from offload.checkpoint.expert_file import ExpertFile
 from offload.checkpoint.formats import WeightFormat, Weights
@@ -23,54 +24,10 @@ from offload.compute.base import EventCompute, ExpertCompute
 from offload.devices import SlotArena
 from offload.errors import Cancelled
 from offload.memory.loads import Loads, LoadTicket
+from offload.model.forward_pass import ForwardPass, TransferCounters
 from offload.model.host_experts import HostEvent, HostExperts
 from offload.model.prefetch import Guess, Prefetcher
 from offload.model.transformers_api import ExpertsModule, register_experts_function
-
-
-@dataclass(slots=True)
-class ForwardPass:
-    """What the engine is doing while the experts run: for the trace and for counting prefill and decode apart.
-
-    ``step`` is the position in the request of the pass's first token. A pass over several rows has ``parts``, in the
-    order of their tokens: request, step, number of tokens and whether they decode; ``decode`` then means that all do.
-    ``recent`` are groups of the pass's tokens, by their place in it: what they use tells the expert cache what will be
-    used next. It matters where a pass has several tokens.
-    """
-
-    request: int = 0
-    step: int = 0
-    forward: int = 0
-    decode: bool = False
-    parts: Sequence[tuple[int, int, int, bool]] = ()
-    recent: Sequence[Sequence[int]] = ()
-
-    @property
-    def one_token(self) -> bool:
-        """Whether it decodes for one row alone."""
-        return self.decode and len(self.parts) < 2
-
-
-@dataclass(slots=True)
-class TransferCounters:
-    """Sums since the start: bytes read from disk, those of records that passes took and that were not held when the
-    pass began, the seconds that compute waited for them, loads on a prediction and
-    those of them that an event used, the bytes of those loads, events, the calls that computed their experts, misses
-    that the CPU computed beside the device, and the bytes of their records, which the link did not have to carry for
-    that."""
-
-    prefill_bytes: int = 0
-    decode_bytes: int = 0
-    needed_bytes: int = 0
-    stall_seconds: float = 0.0
-    prefetched: int = 0
-    prefetch_used: int = 0
-    prefetch_bytes: int = 0
-    events: int = 0
-    compute_calls: int = 0
-    computed_on_cpu: int = 0
-    not_moved_bytes: int = 0
-
 
 _WAVE = 4
 """Hits that are computed together while records wait for their slots: few, so that reads start early."""
@@ -116,6 +73,8 @@ class ExpertRuntime:
         self._most_ahead = prefetch_bytes
         self._left_ahead = prefetch_bytes  # bytes that the current pass may still prefetch
         self._ahead: dict[ExpertKey, LoadTicket] = {}  # prefetches under way
+        self._reading = ReadAhead(cache, {layer.layer: layer.experts for layer in file.manifest.layers})
+        self._coming: dict[ExpertKey, LoadTicket] = {}  # what it reads ahead
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
         self._tickets: dict[ExpertKey, LoadTicket] = {}
         self._pass: ForwardPass | None = None  # the one that the last event belonged to
@@ -139,7 +98,7 @@ class ExpertRuntime:
         if self.cancelled.is_set():
             raise Cancelled
         if self.recorder is not None:
-            self._record(layer, top_k_index, top_k_weights)
+            self.current.record(self.recorder, layer, top_k_index, top_k_weights)
         self._take_arrivals()
         chosen = top_k_index.tolist()
         experts = by_rank(chosen, module.num_experts)  # as a replay of the trace will have them
@@ -147,10 +106,11 @@ class ExpertRuntime:
         if len(chosen) > 1:
             groups = ([chosen[token] for token in group] for group in self.current.recent)
             recent = [by_rank(group, module.num_experts) for group in groups]
-        self._begin_pass()
+        self.begin_pass(len(chosen))
         if self.host_experts is not None:  # what has not begun need not be copied: the CPU can compute it
             self._drop_late(layer)
-        found = self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent)
+        found = self._reading.take(self.cache.lookup(layer, experts, decode=self.current.decode, recent=recent))
+        self._reading.begin_event(layer, len(experts), len(chosen), recent)
         event_keys = [*found.hits, *found.pending, *found.misses]
         absent = sum(ExpertKey(layer, expert) not in self._held for expert in experts)
         if absent:
@@ -172,8 +132,12 @@ class ExpertRuntime:
         try:
             if self.host_experts is not None and misses:
                 on_cpu = self.host_experts.begin(layer, hidden, chosen, found)
-                misses = [key for key in misses if on_cpu is None or key not in on_cpu.keys]
+                if on_cpu is not None:  # the CPU would rather compute with what is read ahead
+                    misses = [key for key in misses if key not in on_cpu.keys]
+                    self._reading.stop()
             loading += self._start_loads(misses)  # before anything else, so that both happen at once
+            if not misses:
+                self._read_ahead()
             event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
             guesses = None
             if self.predictor is not None and self.current.decode:
@@ -183,6 +147,11 @@ class ExpertRuntime:
                 guesses = None
             if on_cpu is not None and not misses:  # behind what is foretold: that is wanted sooner
                 self._admit(on_cpu.keys, recent)
+            early = self._reading.taken[:]  # so that misses get their slots while the hits are computed
+            while early:
+                if self.cancelled.is_set():
+                    raise Cancelled
+                loading += self._compute_arrived(event, early, loading, misses)
             while hits:
                 some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
                 del hits[: len(some)]
@@ -197,17 +166,15 @@ class ExpertRuntime:
                     self._compute_on_cpu(event, on_cpu)
                     continue
                 if not loading:  # prefetches hold the slots that are left
-                    self._settle(next(iter(self._ahead)), self._ahead)
-                arrived = self._arrived(loading)
-                for key in arrived:
-                    loading.remove(key)
-                    self._finish_load(key)
-                loading += self._compute_ready(event, arrived, misses)
+                    self._give_way()
+                loading += self._compute_arrived(event, loading, loading, misses)
         finally:
             if on_cpu is not None:
                 on_cpu.close()
             for key in loading:  # only after an error or a cancel
                 self._settle(key, self._tickets)
+            for key in self._reading.left(layer):
+                self._keep(key)
             self.cache.end_event()
             self.transfers.events += 1
         output = event.result()
@@ -219,29 +186,46 @@ class ExpertRuntime:
         if self.predictor is not None:
             self.predictor.end_token(seconds)
 
+    def begin_pass(self, tokens: int) -> None:
+        """The forward pass :attr:`current` begins, over so many tokens: load what its first event is sure to take.
+
+        An event whose pass was not announced does this itself, only later.
+        """
+        if self.current is not self._pass:
+            self._pass, self._held = self.current, self.cache.resident().difference(self._coming)
+            self._left_ahead = self._most_ahead * max(1, len(self.current.parts))
+            self._reading.begin_pass(tokens)
+            self._read_ahead()
+
     def foretell(self, layer: int, experts: list[int]) -> None:
         """The decoded token under way will take these experts: load them in time that the disk has left."""
         if self.current.decode and not self.cancelled.is_set():
             self._take_arrivals()
-            self._begin_pass()
+            self.begin_pass(1)
             self._prefetch([(layer, experts)])
 
     def settle(self) -> None:
         """Finish or drop all loads in flight, between two events, and forget where weights stand."""
-        for tickets in (self._tickets, self._ahead):
+        for tickets in (self._tickets, self._ahead, self._coming):
             for key in list(tickets):
                 self._settle(key, tickets)
+        self._reading.clear()
         self._views.clear()
 
     def close(self) -> None:
         """Finish or drop all loads in flight. The runtime can serve no event afterwards."""
         self.settle()
 
-    def _begin_pass(self) -> None:
-        """Notes what the slots hold before the first load of a forward pass."""
-        if self.current is not self._pass:
-            self._pass, self._held = self.current, self.cache.resident()
-            self._left_ahead = self._most_ahead * max(1, len(self.current.parts))
+    def _compute_arrived(
+        self, event: EventCompute, some: list[ExpertKey], loading: list[ExpertKey], misses: list[ExpertKey]
+    ) -> list[ExpertKey]:
+        """Wait for the next of ``some`` of what is ``loading``; both lose what is then computed."""
+        arrived = self._arrived(some)
+        for key in arrived:
+            for keys in (some, loading) if some is not loading else (loading,):
+                keys.remove(key)
+            self._finish_load(key)
+        return self._compute_ready(event, arrived, misses)
 
     def _arrived(self, loading: list[ExpertKey]) -> list[ExpertKey]:
         """What to wait for and compute next.
@@ -294,21 +278,56 @@ class ExpertRuntime:
             self.cache.release(key)
             if misses:
                 started += self._start_loads(misses)
+            if not misses:
+                self._read_ahead()
         return started
 
     def _start_loads(self, misses: list[ExpertKey]) -> list[ExpertKey]:
         """Start as many of ``misses`` as slots can be had for, and take them off the queue."""
         reserved = self.cache.reserve(misses)
+        for load in reserved:
+            misses.remove(load.key)
+        self._start(reserved, self._tickets)
+        return [load.key for load in reserved]
+
+    def _start(self, reserved: Sequence[Reservation], tickets: dict[ExpertKey, LoadTicket]) -> None:
         for number, (key, slot, victim) in enumerate(reserved):
-            misses.remove(key)
             self._unused.discard(victim)  # type: ignore[arg-type]
             try:
-                self._tickets[key] = self.loads.load(key, slot, victim=victim)
+                tickets[key] = self.loads.load(key, slot, victim=victim)
             except BaseException:  # no thread to be had: what has no ticket must not stay loading
                 for load in reserved[number:]:
                     self.cache.abandon(load.key)
+                    self._reading.forget(load.key)
                 raise
-        return [load.key for load in reserved]
+
+    def _read_ahead(self) -> None:
+        """Start loads of what the next event of a pass of many tokens will take, once this one's are under way."""
+        reserved = self._reading.reserve()
+        if reserved:
+            self._start(reserved, self._coming)
+            self.transfers.read_ahead += len(reserved)
+
+    def _keep(self, key: ExpertKey) -> None:
+        """Wait for a record that was read ahead, so that what is held does not depend on when a read ends. One that
+        failed is forgotten: a demand will tell why."""
+        ticket = self._coming.pop(key)
+        self._reading.forget(key)
+        try:
+            size, _ = ticket.wait()
+        except Exception:
+            ticket.settle()
+            self.cache.abandon(key)
+        else:
+            self.cache.commit(key)
+            self._count_bytes(size)
+
+    def _give_way(self) -> None:
+        """Loads that the event does not need hold the slots that are left: end one."""
+        if self._ahead:
+            self._settle(next(iter(self._ahead)), self._ahead)
+        else:
+            self._keep(next(iter(self._coming)))
 
     def _finish_load(self, key: ExpertKey) -> None:
         ticket = self._tickets.pop(key)
@@ -382,6 +401,9 @@ class ExpertRuntime:
             if ticket := self._ahead.pop(key, None):
                 ticket.promote()
                 self._tickets[key] = ticket
+            elif ticket := self._coming.pop(key, None):
+                self._tickets[key] = ticket
+                self.transfers.read_ahead_used += 1
         self._drop_late(layer)
         if self._unused:
             used = self._unused.intersection(found.hits) | self._unused.intersection(found.pending)
@@ -401,24 +423,6 @@ class ExpertRuntime:
         if views is None:
             views = self._views[slot, id(layout)] = self._format.views(layout, self._arena.tensor(slot))
         return views
-
-    def _record(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
-        assert self.recorder is not None
-        now = self.current
-        ids = top_k_index.to("cpu", torch.int16, copy=True).numpy()
-        weights = top_k_weights.to("cpu", torch.float16, copy=True).numpy()
-        first = 0
-        for request, step, count, decode in now.parts or ((now.request, now.step, len(ids), now.decode),):
-            self.recorder.record(
-                request=request,
-                phase=DECODE if decode else PREFILL,
-                step=step,
-                forward=now.forward,
-                layer=layer,
-                ids=ids[first : first + count],
-                weights=weights[first : first + count],
-            )
-            first += count
 
 
 def _experts_function(

@@ -100,7 +100,7 @@ def test_calibrate_measures_everything_and_leaves_no_probe(tmp_path: Path, monke
     if load_kernels() is not None:
         assert set(found.few_tokens) == {4, 8} and set(found.few_tokens.values()) <= {2, 4}
         assert found.int4_bytes_per_s and found.int8_bytes_per_s
-    assert json.loads(json.dumps(found.to_json()))["version"] == 3
+    assert json.loads(json.dumps(found.to_json()))["version"] == 4
     assert all(len(row) == 3 and all(isinstance(cell, str) for cell in row) for row in found.rows())
 
 

@@ -16,7 +16,7 @@ import torch
 
 from offload.config import EngineSettings
 from offload.engine import Engine, open_engine
-from offload.model.experts import ForwardPass
+from offload.model.forward_pass import ForwardPass
 from offload.model.kv_cache import new_kv_cache
 from offload.model.packed import RowAttention, Segment
 

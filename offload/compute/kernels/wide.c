@@ -30,12 +30,22 @@ INLINE __m512i table_of(const uint8_t *info) {
   return bf16_of_floats(all, all);
 }
 
+#if defined(__AVX512VBMI__)
+/* 32 columns. Four codes to 64 bits, each then shifted to a place of its own: of what comes with it the permutation looks
+ * at one bit, which chooses between two equal halves of the table. */
+INLINE __m512i weights4(const uint8_t *codes, __m512i table) {
+  const __m512i fours = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)codes));
+  const __m512i each = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0c0c080804040000), fours);
+  return _mm512_permutexvar_epi16(each, table);
+}
+#else
 INLINE __m512i weights4(const uint8_t *codes, __m512i table) { /* 32 columns */
   const __m128i both = _mm_loadu_si128((const __m128i *)codes), nibble = _mm_set1_epi8(15);
   const __m128i even = _mm_and_si128(both, nibble), odd = _mm_and_si128(_mm_srli_epi16(both, 4), nibble);
   const __m256i in_order = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
   return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(in_order), table);
 }
+#endif
 
 INLINE __m512i weights8(const uint8_t *codes, float scale) {
   const __m512 low = (__m512)float_of_int8(codes), high = (__m512)float_of_int8(codes + 16);

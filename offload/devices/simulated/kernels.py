@@ -50,7 +50,7 @@ class _SimEvent(EventCompute):
         self._owner = owner
         self._weights_of = weights_of
         self._launched: dict[ExpertKey, Weights] = {}
-        self._tokens = len(hidden)
+        self._pairs = top_k_index.numel()
         self._event = owner.inner.begin(module, hidden, top_k_index, top_k_weights, self._launched.__getitem__)
         self.experts = self._event.experts
 
@@ -59,12 +59,13 @@ class _SimEvent(EventCompute):
         return self._event.calls
 
     def compute(self, ready: Sequence[ExpertKey]) -> None:
-        owner, moved = self._owner, 0
+        owner, moved, numbers = self._owner, 0, 0
         addresses = []
         for key in ready:
             weights = self._launched[key] = self._weights_of(key)
             parts = [part for weight in weights.values() for part in _parts(weight)]
             moved += sum(part.nbytes for part in parts)
+            numbers += sum(map(_count, weights.values()))
             addresses += [part.elem.data_ptr() for part in parts if isinstance(part, SimTensor)]
         slots = owner.arena.slots_at(addresses)
         for slot in slots:
@@ -78,9 +79,9 @@ class _SimEvent(EventCompute):
             with torch.inference_mode(), SimMode(owner.world):
                 self._event.compute(ready)
 
-        # 2 operations for every weight (at least half a byte) and token; a token takes a share of the experts
-        share = max(1.0, self._tokens * len(ready) / max(1, len(self.experts)))
-        done_at = owner.world.clock.launch(moved, 2.0 * moved * share / 2, owner.world.clock.machine.event_s)
+        # 2 operations for every weight and token, of which each expert has as many as the others
+        flops = 2.0 * numbers * max(1.0, self._pairs / max(1, len(self.experts)))
+        done_at = owner.world.clock.launch(moved, flops, owner.world.clock.machine.event_s)
         fence = owner.kernels.launch(kernel, (), done_at)
         for slot in slots:
             owner.arena.read_by(slot, fence)
@@ -109,3 +110,10 @@ def _parts(weight: torch.Tensor | QuantizedMatrix | PackedParameter) -> list[tor
         pieces = [[piece] if isinstance(piece, torch.Tensor) else piece.parts for piece in weight.pieces]
         return [part for parts in pieces for part in parts]
     return [weight.codes, weight.params] if isinstance(weight, QuantizedMatrix) else [weight]
+
+
+def _count(weight: torch.Tensor | QuantizedMatrix | PackedParameter) -> int:
+    """How many weights there are."""
+    if isinstance(weight, QuantizedMatrix):
+        return weight.layout.rows * weight.layout.columns
+    return weight.shape[0] * weight.shape[1] if isinstance(weight, PackedParameter) else weight.numel()
