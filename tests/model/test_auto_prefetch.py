@@ -81,7 +81,7 @@ def without_ram(engine: Engine) -> None:
 def test_it_wins_where_the_lanes_are_idle(quick: None, checkpoint: Path, tmp_path: Path) -> None:
     device = simulated(tmp_path, **IDLE)
     with open_on(device, checkpoint, tmp_path, prefetch="auto") as engine:
-        stats = decoded(engine, 130)
+        stats = decoded(engine, 200)
         found = stats.prefetch_auto
         assert found is not None and stats.prefetch == "auto" and stats.virtual
         assert found.choice == "next-gate" and found.rounds == 1

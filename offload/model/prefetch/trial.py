@@ -1,11 +1,11 @@
 """Which of several ways to prefetch decodes fastest, if any: found out while decoding. Standard library only.
 
 Windows of decoded tokens run in turn without prefetching and with a candidate. Two neighbours are a pair: what the
-conversation is about and what else the machine does are much the same in both. Once a candidate has won, it takes the
-place of no prefetch for those that follow: they must be faster than it, and its tokens are gained meanwhile. The order within a pair alternates, so
+conversation is about and what else the machine does are much the same in both. The order within a pair alternates, so
 that a drift counts for neither. A candidate is used if its pairs say that it is faster by 2.5 times the standard error;
-else nothing is prefetched. What a test may lose by a bad candidate is bounded, and after a test there is a rest of
-several times its length before the next: what pays may change with what is talked about.
+else nothing is prefetched. Once one has won, the next ones must be faster than it, and its tokens are gained meanwhile.
+What a test may lose by a bad candidate is bounded, and after a test there is a rest of several times its length before
+the next: what pays may change with what is talked about.
 """
 
 from __future__ import annotations
