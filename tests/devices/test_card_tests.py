@@ -37,7 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (test_card.test_the_cpu_computes_beside_copies, {"report": []}),
         (test_card.test_memory_that_is_refused_costs_slots, {}),
         (test_card.test_budgets_change_between_tokens, {}),
-        (test_card.test_the_logits_do_not_depend_on_the_tiers, {"tiers": "inclusive", "prefetch": "next-gate"}),
     ],
 )
 def test_it_runs(

@@ -77,6 +77,7 @@ class Trial:
                 gain = yield from self._test(candidate, best, won.get(best, 0.0))
                 if gain is not None:
                     won[candidate] = gain
+                    self.choice = max(won, key=won.__getitem__)
             self._rounds += 1
             self.choice = max(won, key=won.__getitem__, default=BASE)
             self._tell(None, resting=True)
