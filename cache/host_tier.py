@@ -64,8 +64,14 @@ class HostTier:
         return set(self._slot)
 
     def record_event(self, keys: Sequence[ExpertKey]) -> None:
-        """One event of the device, hits and misses alike: what is hot there is not cold here."""
+        """An event, or what of it the device lacks."""
         self.policy.record_event(keys)
+
+    def change_policy(self, policy: Policy) -> None:
+        """Go on with a fresh ``policy``: it is told of the records here, the coldest of the old one first."""
+        for key in self.policy.victims(len(self._slot), ()) or ():
+            policy.admit(key)
+        self.policy = policy
 
     def find(self, key: ExpertKey) -> int | None:
         """The buffer that holds the whole record of ``key``, or None."""

@@ -10,13 +10,15 @@ from cache.policies import PolicyError
 from offload.config import EngineSettings
 from offload.errors import UsageError
 from offload.events import LiveChanges
-from offload.host_side import NOTHING_TO_CHOOSE
+from offload.host_side import NO_HOST_TIER, NOTHING_TO_CHOOSE
+from offload.memory.storage import make_host_policy
+from offload.memory.tiers import TieredLoads
 from offload.model.experts import ExpertRuntime
 from offload.model.host_experts import HostExperts
 from offload.model.prefetch import Prefetcher
 from offload.model.transformers_api import ExpertsModule
 
-_CHANGEABLE = ("policy", "scope", "prefetch", "miss")
+_CHANGEABLE = ("policy", "scope", "prefetch", "miss", "host_policy")
 
 
 def apply_changes(
@@ -40,6 +42,14 @@ def apply_changes(
     changed = replace(settings, **wanted)
     if changes.miss is not None and make_host_experts is None:
         raise UsageError(f"--miss {changes.miss}: {NOTHING_TO_CHOOSE}")
+    tiers = runtime.loads if isinstance(runtime.loads, TieredLoads) else None
+    host_policy = None
+    if changes.host_policy is not None:
+        if tiers is None:
+            raise UsageError(f"--host-policy {changes.host_policy}: {NO_HOST_TIER}")
+        if changed.host_policy != settings.host_policy:
+            most = max(module.num_experts for module in modules)
+            host_policy = make_host_policy(changed.host_policy, len(modules), most)
     if (changed.policy, changed.scope) != (settings.policy, settings.scope):
         layers = tuple(module.layer for module in modules)
         experts = max(module.num_experts for module in modules)
@@ -52,6 +62,8 @@ def apply_changes(
                 cache.change_policy(setup.make_policy(), setup.shared_layers())
         except PolicyError as error:
             raise UsageError(f"--policy: {error}") from error
+    if host_policy is not None and tiers is not None:
+        tiers.tier.change_policy(host_policy)
     if changed.prefetch != settings.prefetch:
         runtime.predictor = make_prefetcher(changed.prefetch)
     elif runtime.predictor is not None:

@@ -22,6 +22,8 @@ DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_PREFILL_CHUNK = 512
 MAX_BATCH_ROWS = 256
 DEFAULT_POLICY = "foresight"
+DEFAULT_HOST_POLICY = "foresight"
+"""Of the RAM behind a device's slots: the best on the public traces (docs/devices.md, Tiers)."""
 DEFAULT_SCOPE = "global"
 DEVICES = ("auto", "cpu", "cuda", "simulated")
 TIERS = ("inclusive", "exclusive")
@@ -162,6 +164,7 @@ class EngineSettings:
     graphs: str = "auto"
     kv_cache: str = "dynamic"
     policy: str = DEFAULT_POLICY
+    host_policy: str = DEFAULT_HOST_POLICY
     scope: str = DEFAULT_SCOPE
     prefetch: str = "off"
     miss: str = "auto"

@@ -36,7 +36,7 @@ from offload.learning import check_earlier
 from offload.live import LiveMethods, LiveView, Recording, Watched, save_file
 from offload.memory.process import rss_bytes
 from offload.memory.resize import Rooms
-from offload.memory.storage import AnyPlan, Storage
+from offload.memory.storage import AnyPlan, Storage, make_host_policy
 from offload.memory.work import Work
 from offload.meter import Meter, RunLabels, Tally, run_stats
 from offload.model.experts import ExpertRuntime
@@ -66,6 +66,7 @@ def open_engine(settings: EngineSettings, on_event: OnLoad) -> Engine:
         make_policy(settings.policy, PolicyContext(settings.scope, training=check_earlier(settings.learn_from)))
     except PolicyError as error:
         raise UsageError(f"--policy: {error}") from error
+    make_host_policy(settings.host_policy)
     return Engine(**open_model(settings, on_event))
 
 
@@ -285,6 +286,7 @@ class Engine(LiveMethods):
             scope=now.scope,
             prefetch=now.prefetch,
             miss=None if host_side is None else now.miss,
+            host_policy=None if host_side is None else now.host_policy,
         )
 
     def _notice(self, event: object) -> None:

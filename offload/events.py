@@ -209,9 +209,9 @@ class RunStats:
     ``start_s`` is the time from the start of the process to a loaded model; ``ttft_s`` from the request to the
     first token. ``shared_prompt_tokens`` of the ``prompt_tokens`` were copied from another row of a batch;
     ``decode_passes`` are the forward passes in which rows only decoded; ``prefill_passes`` ran ``prefilled_tokens``.
-    ``miss`` is None where slots are host memory. ``virtual``: seconds and rates are not this machine's but those that a
-    simulated one would have.
-    ``prefetch_auto`` is None unless ``prefetch`` is "auto"; ``graphs`` is None where a device has none.
+    ``miss`` and ``host_policy`` are None where slots are host memory. ``virtual``: seconds and rates are not this
+    machine's but those that a simulated one would have. ``prefetch_auto`` is None unless ``prefetch`` is "auto";
+    ``graphs`` is None where a device has none.
     """
 
     model: str
@@ -222,6 +222,7 @@ class RunStats:
     scope: str = field(default="global", kw_only=True)
     prefetch: str
     miss: str | None = field(default=None, kw_only=True)
+    host_policy: str | None = field(default=None, kw_only=True)
     seed: int | None
     prompt_tokens: int
     new_tokens: int
@@ -337,13 +338,14 @@ class LiveChanges:
     """What can be changed while a model is loaded. None leaves a setting as it is.
 
     ``residency`` is a share of all experts, ``ram`` the process's budget in bytes, ``vram`` that of the device's own
-    memory, ``miss`` the way of experts that the device lacks.
+    memory, ``miss`` the way of experts that the device lacks, ``host_policy`` the policy of the RAM behind it.
     """
 
     policy: str | None = None
     scope: str | None = None
     prefetch: str | None = None
     miss: str | None = None
+    host_policy: str | None = None
     residency: float | None = None
     ram: int | None = None
     vram: int | None = None

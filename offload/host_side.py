@@ -21,6 +21,7 @@ from offload.memory.tiers import TieredLoads
 from offload.model.host_experts import HostExperts
 from offload.model.transformers_api import ExpertsModule
 
+NO_HOST_TIER = "there is no memory behind the slots where slots are RAM; --policy decides what stays"
 NOTHING_TO_CHOOSE = "there is nothing to choose where slots are RAM; every miss is read and computed there"
 
 

@@ -196,7 +196,7 @@ class LiveMethods(ABC):
     def choices(self) -> Mapping[str, Sequence[str]]:
         """See :attr:`offload.protocol.LiveEngine.choices`."""
         names: dict[str, Sequence[str]] = {"policy": runtime_policies(), "scope": SCOPES, "prefetch": PREFETCHES}
-        return names | ({"miss": MISSES} if self._live.tiered else {})
+        return names | ({"miss": MISSES, "host_policy": runtime_policies()} if self._live.tiered else {})
 
     def start_trace(self) -> None:
         """See :meth:`offload.protocol.LiveEngine.start_trace`."""
@@ -225,6 +225,7 @@ def _current(settings: EngineSettings, plan: AnyPlan) -> LiveChanges:
         scope=settings.scope,
         prefetch=settings.prefetch,
         miss=settings.miss if isinstance(plan, TierPlan) else None,
+        host_policy=settings.host_policy if isinstance(plan, TierPlan) else None,
         residency=plan.residency,
         ram=plan.budget,
         vram=plan.vram_budget if isinstance(plan, TierPlan) else None,

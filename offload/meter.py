@@ -176,6 +176,7 @@ class RunLabels:
     start_s: float | None
     scope: str = DEFAULT_SCOPE
     miss: str | None = None
+    host_policy: str | None = None
 
 
 def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, seed: int | None) -> RunStats:
@@ -192,6 +193,7 @@ def run_stats(tally: Tally, labels: RunLabels, plan: AnyPlan, device: Device, se
         scope=labels.scope,
         prefetch=labels.prefetch,
         miss=labels.miss,
+        host_policy=labels.host_policy,
         seed=seed,
         prompt_tokens=tally.prompt_tokens,
         new_tokens=tally.new_tokens,

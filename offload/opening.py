@@ -30,14 +30,14 @@ from offload.compute.choose import expert_compute, grouped_kernels, products_for
 from offload.compute.decoded import decode_bytes
 from offload.compute.product import DECODE_BYTES, Products
 from offload.compute.threads import OneThread
-from offload.config import DEFAULT_CONTEXT_TOKENS, EngineSettings
+from offload.config import DEFAULT_CONTEXT_TOKENS, DEFAULT_HOST_POLICY, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
 from offload.devices.on_paper import PaperDevice
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.events import Notice, Planned
 from offload.graph_choice import NOTHING_TO_LAUNCH, GraphChoice, why_no_graphs
-from offload.host_side import NOTHING_TO_CHOOSE, HostSide, modules_on_host
+from offload.host_side import NO_HOST_TIER, NOTHING_TO_CHOOSE, HostSide, modules_on_host
 from offload.learning import earlier_events
 from offload.live import LiveView
 from offload.memory.activations import (
@@ -197,6 +197,8 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         on_event(Notice(f"--miss {settings.miss}: {NOTHING_TO_CHOOSE}"))
     if not device.has_graphs and settings.graphs == "on":
         on_event(Notice(f"--graphs on: {NOTHING_TO_LAUNCH}"))
+    if device.unified and settings.host_policy != DEFAULT_HOST_POLICY:
+        on_event(Notice(f"--host-policy {settings.host_policy}: {NO_HOST_TIER}"))
     host_experts = None if host_side is None else host_side.experts(settings.miss, on_event)
     ahead = settings.prefetch_bytes
     if ahead is None:
@@ -228,6 +230,7 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
             None if device.virtual else seconds_since_process_start(),
             settings.scope,
             None if host_side is None else settings.miss,
+            None if host_side is None else settings.host_policy,
         ),
         "runtime": runtime,
         "host_side": host_side,

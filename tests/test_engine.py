@@ -236,7 +236,7 @@ def test_statistics_are_true_sums(engine: Engine) -> None:
         "model", "device", "format", "dense_format", "policy", "scope", "prefetch", "seed", "prompt_tokens",
         "new_tokens", "start_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "experts", "bytes", "seconds",
         "memory", "prefilled_tokens", "prefill_passes", "decode_passes", "shared_prompt_tokens", "host_tier", "virtual",
-        "prefetch_auto", "miss", "graphs",
+        "prefetch_auto", "miss", "graphs", "host_policy",
     }  # fmt: skip
     json.dumps(stats.to_json(), allow_nan=False)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cache.keys import ExpertKey
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import SamplingSettings
 from offload.devices.simulated import VramExhausted
@@ -329,3 +330,49 @@ def test_cancel_and_read_errors(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     assert finish(stream)[1].reason == "cancelled"
     check(engine)
     assert finish(engine.generate(PROMPT, VARIED))[1].text == whole
+
+
+def test_the_policy_of_ram_is_one_of_its_own_and_changes_live(checkpoint: Path, packs: Path) -> None:
+    settings = {"device": "simulated", "residency": 0.2, "host_policy": "ewma"}
+    with open_tiny(checkpoint, packs, **settings) as engine:
+        loads = engine._runtime.loads
+        assert isinstance(loads, TieredLoads) and loads.tier.policy.name == "ewma"
+        loads.resize_host(8)
+        first = finish(engine.generate(PROMPT, VARIED))[1]
+        assert first.stats.host_policy == "ewma" == engine.snapshot().current.host_policy
+        engine.change(LiveChanges(host_policy="lru"))
+        assert loads.tier.policy.name == "lru" and engine.stats().host_policy == "lru"
+        loads.tier.check_integrity()
+        with pytest.raises(UsageError, match="--host-policy: unknown policy 'mru'"):
+            engine.change(LiveChanges(host_policy="mru", prefetch="next-gate"))
+        assert loads.tier.policy.name == "lru" and engine.snapshot().current.prefetch == "off"
+        engine.reset()
+        assert finish(engine.generate(PROMPT, VARIED))[1].text == first.text
+        loads.tier.check_integrity()
+    with open_tiny(checkpoint, packs, device="cpu") as engine:
+        assert engine.stats().host_policy is None
+        with pytest.raises(UsageError, match="no memory behind the slots"):
+            engine.change(LiveChanges(host_policy="lru"))
+
+
+@pytest.mark.parametrize("tiers", ["inclusive", "exclusive"])
+def test_what_ram_is_told(tiers: str, checkpoint: Path, packs: Path) -> None:
+    """A copy of what the device holds is of no use in RAM, however often it is used; a victim of it may be."""
+    told: list[int] = []
+    with open_tiny(checkpoint, packs, device="simulated", residency=0.5, tiers=tiers) as engine:
+        loads = engine._runtime.loads
+        assert isinstance(loads, TieredLoads)
+        finish(engine.generate(PROMPT, VARIED))
+        loads.resize_host(8)
+        real = loads.tier.record_event
+
+        def record_event(keys: Sequence[ExpertKey]) -> None:
+            told.append(len(keys))
+            real(keys)
+
+        loads.tier.record_event = record_event  # type: ignore[method-assign]
+        engine.reset()
+        stats = finish(engine.generate(PROMPT, VARIED))[1].stats.experts
+    lacking = stats.pending + stats.misses
+    assert lacking < stats.accesses
+    assert sum(told) == (lacking if tiers == "inclusive" else stats.accesses)

@@ -83,6 +83,8 @@ ACTIONS = (
     Action("scope", TUNE, "show over what victims are chosen, or change it", (), "scope", "[NAME]"),
     Action("prefetch", TUNE, "show what is read ahead, or change it", (), "prefetch", "[NAME]"),
     Action("miss", TUNE, "show what is done about experts that the GPU lacks, or change it", (), "miss", "[NAME]"),
+    Action("host_policy", TUNE, "show which experts stay in RAM behind a GPU, or change it", (), "host-policy",
+           "[SPEC]"),
     Action("residency", TUNE, "show or change the share of experts that get a slot", (), "residency", "[FRACTION]"),
     Action("ram", TUNE, "show or change the budget for all memory of the process", (), "ram", "[SIZE]"),
     Action("vram", TUNE, "show or change the budget for the memory of the GPU", (), "vram", "[SIZE]"),

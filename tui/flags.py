@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from offload.config import (
     DEFAULT_CONTEXT_TOKENS,
+    DEFAULT_HOST_POLICY,
     DEFAULT_MAX_NEW_TOKENS,
     DEFAULT_POLICY,
     DEFAULT_PREFILL_CHUNK,
@@ -181,10 +182,16 @@ RUN_FLAGS = (
         f"{', '.join(MISSES)} (default: auto)",
     ),
     Flag(
+        "--host-policy",
+        check_text,
+        "SPEC",
+        f"which experts stay in RAM behind a GPU, as --policy for its slots (default: {DEFAULT_HOST_POLICY})",
+    ),
+    Flag(
         "--prefetch-bytes",
         size_or_auto,
         "SIZE",
-        "most bytes that a token may read ahead; auto (default): half of what its experts weigh",
+        "most bytes that a token may read ahead; auto (default): what its experts weigh, or half of it on the CPU",
     ),
     Flag("--kernels", check_text, "NAME", f"products of quantised weights: {' or '.join(KERNELS)} (default: auto)"),
     Flag("--verify", switch, None, "check every checksum of the expert file before starting"),

@@ -36,6 +36,7 @@ FIELDS = (
     Field("scope", "scope, where victims are looked for", str, str),
     Field("prefetch", "prefetch, what is read ahead", str, str),
     Field("miss", "miss, what is done about what is missing", str, str),
+    Field("host_policy", "RAM's policy, which experts stay there", str, str),
     Field("residency", "residency, share of experts with a slot", _share, lambda value: f"{value:.3g}"),
     Field("ram", "ram, budget for all memory", lambda text: parse_size(text, "ram"), format_size),
     Field("vram", "vram, budget for the memory of the GPU", lambda text: parse_size(text, "vram"), format_size),

@@ -70,8 +70,8 @@ class Loads(ABC):
         Raises RuntimeError if the system gives no thread for it, or the loads are closed.
         """
 
-    def event(self, keys: Sequence[ExpertKey]) -> None:  # noqa: B027 - only a tier below the slots wants to know
-        """An event selects these."""
+    def event(self, keys: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:  # noqa: B027 - only a tier below the slots wants to know
+        """An event selects ``keys``; the device has no record of those in ``lacking``, or is still getting it."""
 
     def computed(self, slots: Sequence[int]) -> None:  # noqa: B027 - nothing runs beside the engine thread on the CPU
         """Kernels that read these slots were launched."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from cache.host_tier import HostTier
 from cache.keys import ExpertKey
-from cache.policies import make_policy
+from cache.policies import Policy, PolicyContext, PolicyError, make_policy
 from offload.checkpoint.expert_file import ExpertFile
 from offload.config import EngineSettings
 from offload.devices.base import Device, HostArena, SlotArena
+from offload.errors import UsageError
 from offload.events import LoadProgress, Notice
 from offload.memory.lanes import DiskLane
 from offload.memory.loads import DirectLoads, Loads
@@ -19,7 +20,6 @@ from offload.memory.plan import Plan
 from offload.memory.tier_plan import TierPlan
 from offload.memory.tiers import TieredLoads
 
-HOST_POLICY = "ewma"
 """Of the host tier, whatever the slots follow: it sees every event, and costs little beside them."""
 
 AnyPlan = Plan | TierPlan
@@ -47,6 +47,17 @@ class Storage:
 def staging_buffers(read_workers: int) -> int:
     """Host buffers for records that pass through: one for each reader, and one whose copy is under way."""
     return read_workers + 1
+
+
+def make_host_policy(spec: str, layers: int = 0, experts: int = 0) -> Policy:
+    """What decides which records stay in host memory; ``experts`` is the most that a layer has.
+
+    Raises UsageError for what is no such policy.
+    """
+    try:
+        return make_policy(spec, PolicyContext(layers=layers, experts=experts))
+    except PolicyError as error:
+        raise UsageError(f"--host-policy: {error}") from error
 
 
 def open_storage(
@@ -77,7 +88,10 @@ def open_storage(
         undo.callback(host.close)
         if not host.pinned:
             on_event(Notice("the system does not let this process pin memory: copies to the device are slower"))
-        tier = HostTier(plan.host_slots, make_policy(HOST_POLICY))
+        layers = file.manifest.layers
+        tier = HostTier(
+            plan.host_slots, make_host_policy(settings.host_policy, len(layers), max(layer.experts for layer in layers))
+        )
         loads = TieredLoads(device, file, arena, host, tier, settings.read_workers, plan.staging, plan.exclusive)
         undo.callback(loads.close)
         if plan.host_slots >= sizes.num_experts:

@@ -194,6 +194,7 @@ class TieredLoads(Loads):
         self.tier = tier
         self.host: HostCounters = tier.counters
         self.link: LinkCounters = LinkCounters()
+        self._records = sum(layer.experts for layer in file.manifest.layers)
         self.exclusive = exclusive
         self.staging = _Staging(range(most, host_arena.slots))
         self._spare = list(range(tier.slots, most))
@@ -250,8 +251,10 @@ class TieredLoads(Loads):
     def give_back(self, key: ExpertKey) -> None:
         self.tier.unpin(key)
 
-    def event(self, keys: Sequence[ExpertKey]) -> None:
-        self.tier.record_event(keys)
+    def event(self, keys: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
+        if self.tier.slots < self._records:  # else nothing ever goes
+            # a copy of what the device has is of no use here; what falls from it brings its history along
+            self.tier.record_event(keys if self.exclusive else lacking)
 
     def computed(self, slots: Sequence[int]) -> None:
         fence = self._link.computed(slots)

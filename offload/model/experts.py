@@ -119,7 +119,7 @@ class ExpertRuntime:
             self.usage.record(layer, found, self.current.forward)
         self._sort_prefetches(layer, found)
         if self._tell_event is not None:
-            self._tell_event(event_keys)
+            self._tell_event(event_keys, [*found.pending, *found.misses])
         if self.predictor is not None:
             self.predictor.record_event(layer, experts, decode=self.current.decode)
         if self.host_experts is not None:

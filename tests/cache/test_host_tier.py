@@ -130,3 +130,16 @@ def test_no_buffers_at_all() -> None:
     assert tier.demote(ExpertKey(0, 0)) is None
     assert tier.find(ExpertKey(0, 0)) is None
     assert tier.counters.hit_rate is None
+
+
+def test_a_new_policy_is_told_of_what_is_here() -> None:
+    tier = HostTier(3, make_policy("lru"))
+    for expert in (2, 0, 1):
+        assert tier.reserve(ExpertKey(0, expert)) is not None
+        tier.commit(ExpertKey(0, expert))
+    tier.record_event([ExpertKey(0, 2)])
+    tier.change_policy(make_policy("slru"))
+    tier.check_integrity()
+    reserved = tier.reserve(ExpertKey(0, 7))
+    assert reserved is not None and reserved.victim == ExpertKey(0, 0), "the coldest of the policy before"
+    tier.check_integrity()

@@ -12,6 +12,7 @@ from offload.devices import get_device
 from offload.engine import Engine
 from offload.events import LiveChanges, Notice
 from offload.memory.tier_plan import TierPlan
+from offload.memory.tiers import TieredLoads
 from tests.engines import finish, open_tiny
 
 VARIED = SamplingSettings(temperature=1.2, seed=5, max_new_tokens=24)
@@ -40,7 +41,7 @@ def test_the_logits_do_not_depend_on_the_tiers(tiers: str, prefetch: str, checkp
     with open_tiny(checkpoint, packs, device="cuda", residency=1.0) as engine:
         expected = logits_of(engine)
     for residency in (0.05, 0.4):
-        settings = {"tiers": tiers, "prefetch": prefetch, "residency": residency}
+        settings = {"tiers": tiers, "prefetch": prefetch, "residency": residency, "miss": "fetch"}
         with open_tiny(checkpoint, packs, device="cuda", **settings) as engine:
             for _ in range(3):
                 assert all(torch.equal(a, b) for a, b in zip(logits_of(engine), expected, strict=True))
@@ -72,11 +73,90 @@ def test_memory_that_is_refused_costs_slots(checkpoint: Path, packs: Path) -> No
 
 
 def test_budgets_change_between_tokens(checkpoint: Path, packs: Path) -> None:
-    with open_tiny(checkpoint, packs, device="cuda", residency=0.5) as engine:
+    with open_tiny(checkpoint, packs, device="cuda", residency=0.5, miss="fetch") as engine:
         expected = logits_of(engine)
         for residency in (0.1, 1.0, 0.3):
             engine.change(LiveChanges(residency=residency))
             assert all(torch.equal(a, b) for a, b in zip(logits_of(engine), expected, strict=True))
+
+
+@pytest.mark.parametrize("format", ["native", "int4"])
+def test_the_ways_of_misses_give_the_same_numbers(
+    format: str, checkpoint: Path, packs: Path, report: list[str]
+) -> None:
+    """All in RAM: what the CPU computes differs from the card in the last bits; ``fetch`` leaves it nothing."""
+    settings = {"device": "cuda", "residency": 0.3, "format": format}
+    with open_tiny(checkpoint, packs, miss="fetch", **settings) as engine:
+        expected = logits_of(engine)
+        fetched = finish(engine.generate("Once upon a time", VARIED))[1].stats
+    assert fetched.experts.computed_on_cpu == 0 == fetched.bytes.not_moved and fetched.experts.misses > 0
+    for miss in ("cpu", "auto"):
+        with open_tiny(checkpoint, packs, miss=miss, **settings) as engine:
+            found = logits_of(engine)
+            stats = finish(engine.generate("Once upon a time", VARIED))[1].stats
+        worst = max((ours - theirs).abs().max().item() for ours, theirs in zip(found, expected, strict=True))
+        report.append(
+            f"{format}, --miss {miss}: differs by {worst:.1e}; {stats.experts.computed_on_cpu} of "
+            f"{stats.experts.misses} misses on the CPU, {stats.bytes.not_moved} bytes not moved"
+        )
+        assert all(ours.argmax() == theirs.argmax() for ours, theirs in zip(found, expected, strict=True))
+        scale = max(theirs.abs().max().item() for theirs in expected)
+        assert worst < (1e-3 if format == "native" else 0.03) * max(1.0, scale)
+        assert stats.experts.computed_on_cpu is not None and stats.bytes.not_moved is not None
+        assert (stats.experts.computed_on_cpu > 0) == (stats.bytes.not_moved > 0)
+        if miss == "cpu":
+            assert 0 < stats.experts.computed_on_cpu <= stats.experts.misses
+
+
+def test_the_way_of_misses_and_the_policies_change_live(checkpoint: Path, packs: Path) -> None:
+    with open_tiny(checkpoint, packs, device="cuda", residency=0.3, miss="fetch") as engine:
+        expected = logits_of(engine)
+        for change in (
+            LiveChanges(miss="cpu"),
+            LiveChanges(host_policy="lru", policy="ewma"),
+            LiveChanges(miss="auto", prefetch="next-gate"),
+            LiveChanges(residency=0.6),
+        ):
+            engine.change(change)
+            found = logits_of(engine)
+            assert all((a - b).abs().max() < 1e-3 * b.abs().max() for a, b in zip(found, expected, strict=True))
+        engine.change(LiveChanges(miss="fetch", prefetch="off"))
+        assert all(torch.equal(a, b) for a, b in zip(logits_of(engine), expected, strict=True))
+        assert engine.stats().host_policy == "lru"
+
+
+@pytest.mark.parametrize("tiers", ["inclusive", "exclusive"])
+@pytest.mark.parametrize("host_policy", ["foresight", "lru"])
+def test_little_ram_behind_the_card(tiers: str, host_policy: str, checkpoint: Path, packs: Path) -> None:
+    settings = {"device": "cuda", "residency": 0.2, "tiers": tiers, "host_policy": host_policy, "miss": "fetch"}
+    with open_tiny(checkpoint, packs, device="cuda", residency=1.0, miss="fetch") as engine:
+        expected = logits_of(engine)
+    with open_tiny(checkpoint, packs, **settings) as engine:
+        loads = engine._runtime.loads
+        assert isinstance(loads, TieredLoads)
+        loads.resize_host(8)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(logits_of(engine), expected, strict=True))
+        stats = finish(engine.generate("Once upon a time", VARIED))[1].stats
+        assert stats.host_tier is not None and stats.host_tier.misses > 0 and stats.bytes.disk_read > 0
+        loads.tier.check_integrity()
+
+
+def test_the_same_sum_every_time_without_the_grouped_kernels(checkpoint: Path, packs: Path) -> None:
+    settings = {"device": "cuda", "format": "int4", "kernels": "torch", "residency": 1.0}
+    with open_tiny(checkpoint, packs, **settings) as engine:
+        expected = logits_of(engine)
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(logits_of(engine), expected, strict=True))
+
+
+def test_vram_used_and_its_budget_can_be_compared(checkpoint: Path, packs: Path) -> None:
+    with open_tiny(checkpoint, packs, device="cuda", residency=0.5) as engine:
+        finish(engine.generate("Once upon a time", VARIED))
+        assert isinstance(engine.plan, TierPlan)
+        memory, used = engine.stats().memory, engine.snapshot().vram_bytes
+        assert memory.vram_budget_bytes == engine.plan.vram_budget
+        assert used is not None and engine.plan.vram.reserved <= used <= engine.plan.vram_budget
 
 
 def test_copies_run_beside_kernels(report: list[str]) -> None:
@@ -127,3 +207,18 @@ def test_tokens_a_second(checkpoint: Path, packs: Path, report: list[str]) -> No
                 f"{stats.experts.hit_rate or 0:.0%}, link stalls {stats.seconds.stall_link or 0:.4f} s"
             )
             assert done.error is None
+
+
+def test_the_cpu_computes_beside_copies(checkpoint: Path, packs: Path, report: list[str]) -> None:
+    """Copies that an event did not have to wait for, while the CPU computed."""
+    for miss in ("fetch", "cpu", "auto"):
+        with open_tiny(checkpoint, packs, device="cuda", residency=0.25, miss=miss) as engine:
+            finish(engine.generate("Once upon a time", VARIED))
+            stats = finish(engine.generate("and then", VARIED))[1].stats
+        report.append(
+            f"--miss {miss}: {stats.decode_tokens_per_s or 0:.1f} tokens/s, hits {stats.experts.hit_rate or 0:.0%}, "
+            f"{stats.bytes.host_to_device} bytes up, link stalls {stats.seconds.stall_link or 0:.4f} of "
+            f"{stats.seconds.total:.4f} s"
+        )
+        assert stats.miss == miss and stats.seconds.stall_link is not None
+        assert stats.seconds.stall_link <= stats.seconds.total

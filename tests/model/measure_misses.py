@@ -155,7 +155,9 @@ def measure(
         for number in range(tokens):
             if number == tokens // 2:
                 before = now()
+            token_began = clock.now()
             passes.run([number % VOCAB_SIZE], decode=True)
+            runtime.end_token(clock.now() - token_began)
         seconds, stalled, moved, hits, accesses, on_cpu = (b - a for a, b in zip(before, now(), strict=True))
         machine = clock.machine  # type: ignore[attr-defined]
         busy = moved / machine.link_bytes_per_s + moved / engine.plan.sizes.slot_bytes * machine.load_s

@@ -3,8 +3,9 @@
 Windows of decoded tokens run in turn without prefetching and with a candidate. Two neighbours are a pair: what the
 conversation is about and what else the machine does are much the same in both. The order within a pair alternates, so
 that a drift counts for neither. A candidate is used if its pairs say that it is faster by 2.5 times the standard error;
-else nothing is prefetched. What a test may lose by a bad candidate is bounded, and after a test there is a rest of
-several times its length before the next: what pays may change with what is talked about.
+else nothing is prefetched. Once one has won, the next ones must be faster than it, and its tokens are gained meanwhile.
+What a test may lose by a bad candidate is bounded, and after a test there is a rest of several times its length before
+the next: what pays may change with what is talked about.
 """
 
 from __future__ import annotations
@@ -68,43 +69,49 @@ class Trial:
         self._tell(None)
         yield from self._spend(BASE, WARM_UP)
         while True:
-            began, won = self._tokens, {}
+            began = self._tokens
+            won: dict[str, float] = {}
             for candidate in self.candidates:
                 self._tell(candidate)
-                gain = yield from self._test(candidate)
+                best = max(won, key=won.__getitem__, default=BASE)
+                gain = yield from self._test(candidate, best, won.get(best, 0.0))
                 if gain is not None:
                     won[candidate] = gain
+                    self.choice = max(won, key=won.__getitem__)
             self._rounds += 1
             self.choice = max(won, key=won.__getitem__, default=BASE)
             self._tell(None, resting=True)
             rest = min(LONGEST_REST, max(SHORTEST_REST, REST_FACTOR * (self._tokens - began)))
             yield from self._spend(self.choice, rest)
 
-    def _test(self, candidate: str) -> Generator[str, float, float | None]:
-        """Returns the gain of ``candidate`` in logarithms, or None if it is not to be used."""
+    def _test(self, candidate: str, rival: str, ahead: float) -> Generator[str, float, float | None]:
+        """Returns the gain of ``candidate`` over no prefetch in logarithms, or None if it is not to be used.
+
+        It is compared with ``rival``, which is faster than no prefetch by ``ahead``.
+        """
         pairs: list[tuple[float, float]] = []  # seconds of a token: base, candidate
         losses: list[float] = []
         while len(pairs) < MOST_PAIRS:
             expected = max(0.0, statistics.fmean(losses)) if losses else 0.0
             while self._lost + expected > LOSS_TOKENS * self._last_base + LOSS_SHARE * self._seconds:
-                yield from self._spend(BASE, WINDOW)
+                yield from self._spend(rival, WINDOW)
             if len(pairs) % 2:
                 with_it = yield from self._window(candidate)
-                base = yield from self._window(BASE)
+                base = yield from self._window(rival)
             else:
-                base = yield from self._window(BASE)
+                base = yield from self._window(rival)
                 with_it = yield from self._window(candidate)
             pairs.append((base, with_it))
             self._last_base = base
             losses.append(WINDOW * (with_it - base))
             self._lost = max(0.0, self._lost + losses[-1])
-            gain, error = self._judge(candidate, pairs)
+            gain, error = self._judge(candidate, pairs, ahead)
             if len(pairs) >= FEWEST_PAIRS:
                 if gain - ERRORS * error > 0:
-                    return gain
+                    return gain + ahead
                 if gain + ERRORS * error < LEAST_GAIN:
                     return None
-        return gain if candidate == self.choice and gain > 0 else None  # no telling: it stays as it was
+        return gain + ahead if candidate == self.choice and gain > 0 else None  # no telling: it stays as it was
 
     def _window(self, arm: str) -> Generator[str, float, float]:
         """Returns the mean seconds of a token."""
@@ -118,8 +125,9 @@ class Trial:
         for _ in range(tokens):
             yield arm
 
-    def _judge(self, candidate: str, pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        """The mean of the pairs' gains in logarithms and its standard error; the report has them as shares."""
+    def _judge(self, candidate: str, pairs: Sequence[tuple[float, float]], ahead: float) -> tuple[float, float]:
+        """The mean of the pairs' gains in logarithms and its standard error. The report has them as shares, and over no
+        prefetch, which the rival of the pairs is faster than by ``ahead``."""
         gains = [math.log(base / with_it) if base > 0 and with_it > 0 else 0.0 for base, with_it in pairs]
         gain = statistics.fmean(gains)
         error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
@@ -127,9 +135,9 @@ class Trial:
         self._gains[candidate] = PrefetchGain(
             prefetch=candidate,
             pairs=len(pairs),
-            gain=math.expm1(gain),
+            gain=math.expm1(gain + ahead),
             error=None if math.isinf(error) else error,
-            off_tokens_per_s=1 / bases if bases else None,
+            off_tokens_per_s=math.exp(-ahead) / bases if bases else None,
             tokens_per_s=1 / candidates if candidates else None,
         )
         self._tell(candidate)
