@@ -17,6 +17,7 @@ from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cache.guesses import guesses_of
 from offload.catalogue import Catalogue, Family, write_catalogue
 from offload.checkpoint.source import open_source
 from offload.engine import Engine
@@ -84,7 +85,7 @@ def layout_of(checkpoint: Path) -> str:
 
 
 def foretells(engine: Engine) -> str:
-    """How often a layer chooses all the experts that ``next-gate`` names for what it gets."""
+    """How often a layer chooses all the experts that ``next-gate`` names for what it gets, the likelier half."""
     gate = NextGate(engine._model, engine._modules)
     runtime = engine._runtime
     run, events = runtime.run, []
@@ -103,7 +104,7 @@ def foretells(engine: Engine) -> str:
             events.clear()
             engine._passes.run([token], decode=True)
             for (now, _, _), (after, hidden, ids) in itertools.pairwise(events):
-                found = next(gate.guesses(now, hidden, ids.shape[1]), None)
+                found = next(gate.guesses(now, hidden, guesses_of(ids.shape[1], link=False)), None)
                 right.append(found is not None and found[0] == after and {*found[1]} <= {*ids[0].tolist()})
     finally:
         del runtime.run
