@@ -16,7 +16,7 @@ from tui.app.prompt_box import PromptBox
 from tui.app.screens import ListScreen, TextScreen
 
 
-@does("/policy", "/scope", "/prefetch", "/miss", "/residency", "/ram", "/vram")
+@does("/policy", "/scope", "/prefetch", "/miss", "/host-policy", "/residency", "/ram", "/vram")
 def test_settings_are_changed_by_command_between_tokens(tmp_path: Path) -> None:
     async def test() -> None:
         gate = threading.Semaphore(2)
@@ -46,9 +46,11 @@ def test_settings_are_changed_by_command_between_tokens(tmp_path: Path) -> None:
             await enter(pilot, "/residency lots")
             await enter(pilot, "/scope layer")
             await enter(pilot, "/miss cpu")
+            await enter(pilot, "/host-policy lfu")
             await enter(pilot, "/vram 2GiB")
             await until(pilot, lambda: engine_of(app).current.vram == 2**31)
             assert engine_of(app).current.miss == "cpu"
+            assert engine_of(app).current.host_policy == "lfu"
             assert any("residency: 'lots' is not a number" in note for note in notes(app))
 
     go(test())

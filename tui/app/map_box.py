@@ -82,6 +82,10 @@ class ExpertMap(Widget, can_focus=True):
             for piece in (("■ ", color_name(self._palette.color(cell, 1.0))), (f"{text}  ", ""))
         ]
 
+    def lines_wanted(self, snapshot: CacheSnapshot) -> int:
+        """Lines with which each layer has a row of its own."""
+        return -(-len(snapshot.layers) // self._per_line) + self._details_lines
+
     def set_look(self, look: Look) -> None:
         self._look = look
         self._paint()

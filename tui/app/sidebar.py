@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tui.app.app import ChatApp
 
 _HISTORY = 120
+_ROOMY = 48
+"""Lines of a screen on which the figures have blank lines among them, however large the map below them would be."""
 
 
 class Sidebar(Vertical):
@@ -70,8 +72,11 @@ class Sidebar(Vertical):
             return
         panel = self.query_one("#panel", LineBox)
         width = max(20, panel.content_size.width)
-        roomy = app.size.height >= (48 if self.query_one("#map").display else 36)
-        panel.show(panel_lines(now, list(self._speeds), list(self._hits), effect, width, roomy))
         map = self.query_one("#map", ExpertMap)
+        lines = panel_lines(now, list(self._speeds), list(self._hits), effect, width, roomy=True)
+        below = map.lines_wanted(snapshot) + 1 if map.display else 0
+        if app.size.height < _ROOMY and len(lines) + below > self.size.height:
+            lines = panel_lines(now, list(self._speeds), list(self._hits), effect, width, roomy=False)
+        panel.show(lines)
         if map.display:
             map.show(snapshot, engine.expert_score)
