@@ -34,6 +34,16 @@ def planned_model(
         hint = "how fast: 'run-local bench --calibrate' measures this machine once, then plan says it"
         return PlannedModel(plan, weights, hint=hint)
     hit_rate = made_hit_rate(work.layers, experts, work.top_k, plan.slots, settings.policy, settings.scope)
-    return PlannedModel(
-        plan, weights, cpu_estimate(plan, work.layers * work.top_k, hit_rate, CpuRates(disk, routed, dense))
-    )
+    rates_here = CpuRates(disk, routed, dense)
+    smaller = smaller_formats(settings)
+    return PlannedModel(plan, weights, cpu_estimate(plan, work.layers * work.top_k, hit_rate, rates_here, smaller))
+
+
+def smaller_formats(settings: EngineSettings) -> tuple[str, ...]:
+    """Flags that would store the weights with fewer bits than ``settings`` do."""
+    found = []
+    if not settings.format.startswith("int4"):
+        found.append("--format int4")
+    if settings.dense_format == "native":
+        found.append("--dense-format int8")
+    return tuple(found)

@@ -24,7 +24,7 @@ class CpuEstimate:
 
     Hits are computed while misses are read, and all else waits: the token takes ``dense_s``, the longer of ``hits_s``
     and ``disk_s``, and ``misses_s``. ``hit_rate`` is the one assumed, ``all_ram_bytes`` the --ram that holds all
-    experts.
+    experts, and ``smaller`` are flags that would make the weights smaller than they are.
     """
 
     hit_rate: float
@@ -33,6 +33,7 @@ class CpuEstimate:
     misses_s: float
     disk_s: float
     all_ram_bytes: int
+    smaller: tuple[str, ...] = ()
 
     @property
     def compute_s(self) -> float:
@@ -47,20 +48,23 @@ class CpuEstimate:
         return "disk" if self.disk_s > self.compute_s else "memory"
 
     def summary(self) -> list[str]:
-        advice = {
-            "disk": f"a larger --ram holds more experts (all of them: --ram {format_size(self.all_ram_bytes)}); "
-            "--format int4 makes them smaller, --dense-format int8 and a smaller --ctx make room",
-            "memory": "--format int4 and --dense-format int8 give the processor fewer bytes to read",
-        }
+        smaller = " and ".join(self.smaller)
+        if self.bottleneck == "disk":
+            room = ", ".join([f"smaller weights: {smaller}"] * bool(smaller) + ["a smaller --ctx makes room"])
+            advice = f"a larger --ram holds more experts (all of them: --ram {format_size(self.all_ram_bytes)}); {room}"
+        elif smaller:
+            advice = f"fewer bytes for the processor to read: {smaller}"
+        else:
+            advice = "no flag helps: the processor reads these weights as fast as its memory gives them"
         return [
             f"expected on this machine: {self.tokens_per_s:.1f} tokens/s, held back by the {self.bottleneck} (a token: "
             f"compute {1e3 * self.compute_s:.1f} ms, disk {1e3 * self.disk_s:.1f}); {self.hit_rate:.0%} of the experts "
             "found in RAM",
-            f"to go faster: {advice[self.bottleneck]}",
+            f"to go faster: {advice}",
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {
+        return {name: value for name, value in asdict(self).items() if name != "smaller"} | {
             "machine": "this machine",
             "compute_s": self.compute_s,
             "tokens_per_s": self.tokens_per_s,
@@ -68,7 +72,9 @@ class CpuEstimate:
         }
 
 
-def cpu_estimate(plan: Plan, accesses: int, hit_rate: float, rates: CpuRates) -> CpuEstimate:
+def cpu_estimate(
+    plan: Plan, accesses: int, hit_rate: float, rates: CpuRates, smaller: tuple[str, ...] = ()
+) -> CpuEstimate:
     """Decoding one token at a time, the prompt behind it, the cache warm; a token takes ``accesses`` experts."""
     sizes = plan.sizes
     routed = accesses * sizes.slot_bytes
@@ -79,4 +85,5 @@ def cpu_estimate(plan: Plan, accesses: int, hit_rate: float, rates: CpuRates) ->
         misses_s=(1 - hit_rate) * routed / rates.experts,
         disk_s=(1 - hit_rate) * routed / rates.disk,
         all_ram_bytes=plan.budget + (sizes.num_experts - plan.slots) * sizes.slot_bytes,
+        smaller=smaller,
     )

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_BITS = {"int8": 8.25, "int4": 4.5, "int4-g32": 5.0, "int4-g128": 4.25, "mixed": 5.75}
-
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -40,11 +38,6 @@ class Bound:
     @property
     def seconds(self) -> float:
         return max(self.disk, self.compute)
-
-
-def bits_per_weight(name: str, itemsize: int) -> float:
-    """Of a weight format; ``itemsize`` is that of the checkpoint's dtype."""
-    return _BITS.get(name, 8.0 * itemsize)
 
 
 def bound(work: Work, rates: Rates, *, needed_bytes: int, passes: int, accesses: int, tokens: int) -> Bound:

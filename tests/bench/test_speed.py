@@ -15,7 +15,7 @@ from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import ExpertFileError, RunLocalError, UsageError
 from offload.events import Notice
-from offload.memory.work import Rates, Work, bits_per_weight, bound
+from offload.memory.work import Rates, Work, bound
 from tests.bench.fake_engine import FakeBenchEngine, lap
 from tests.engines import open_tiny
 from tests.tiny_models import build_tiny
@@ -161,4 +161,3 @@ def test_bounds_are_the_larger_of_reads_and_arithmetic() -> None:
     assert (few.disk, few.compute, few.seconds) == (5.0, 5.0, 5.0)
     many = bound(work, rates, needed_bytes=50, passes=1, accesses=10, tokens=40)
     assert (many.compute, many.seconds) == (20.0, 20.0)
-    assert bits_per_weight("int4", 2) == 4.5 and bits_per_weight("native", 2) == 16

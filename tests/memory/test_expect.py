@@ -13,6 +13,7 @@ from offload.config import EngineSettings
 from offload.memory.expect import CpuEstimate, CpuRates, cpu_estimate
 from offload.memory.plan import Baseline, ModelSizes, Plan, make_plan
 from offload.opening import plan_only
+from offload.planned import smaller_formats
 from tests.tiny_models import build_tiny
 
 GIB = 2**30
@@ -33,10 +34,19 @@ def test_the_disk_or_the_memory_holds_it_back() -> None:
     assert small.tokens_per_s == pytest.approx(1 / (2 * GIB / 20e9 + misses / 2e9 + misses / 20e9))
     assert make_plan("m", "cpu", SIZES, Baseline(0, 0), 0, small.all_ram_bytes).residency == 1
     assert "14.05 GiB" in small.summary()[1] and "disk" in small.summary()[0]
-    whole = cpu_estimate(planned(), 384, 1.0, RATES)
+    assert "--format" not in small.summary()[1]
+    whole = cpu_estimate(planned(), 384, 1.0, RATES, ("--format int4",))
     assert whole.bottleneck == "memory" and whole.disk_s == 0 and whole.tokens_per_s > small.tokens_per_s
-    assert "--format int4" in whole.summary()[1]
+    assert whole.summary()[1] == "to go faster: fewer bytes for the processor to read: --format int4"
+    assert "no flag helps" in cpu_estimate(planned(), 384, 1.0, RATES).summary()[1]
     assert whole.to_json()["tokens_per_s"] == whole.tokens_per_s
+
+
+def test_no_flag_is_advised_that_is_given_already() -> None:
+    both = ("--format int4", "--dense-format int8")
+    assert smaller_formats(EngineSettings()) == smaller_formats(EngineSettings(format="int8")) == both
+    assert smaller_formats(EngineSettings(format="int4-g32")) == ("--dense-format int8",)
+    assert smaller_formats(EngineSettings(format="int4", dense_format="int8")) == ()
 
 
 def test_an_automatic_budget_says_what_it_leaves() -> None:
