@@ -147,6 +147,9 @@ class TieredTicket:
             self._dropped = self._timing.drop()
             if self._dropped and self._lane is not None:
                 self._lane.settle()  # it may have run by now; on the named machine it has not
+                if self._job.fence is not None:  # nor must its copy be what later ones wait for
+                    self._job.fence.wait()
+                    self._job.fence = None
         elif self._lane is not None:
             self._dropped = self._lane.drop()
         return self._dropped
