@@ -47,10 +47,9 @@ class ReplaySettings:
     ``keep_learned`` only the cache is emptied, and what policy and predictor have learned goes on. ``predictor``
     names what foretells the next event of decoded tokens (None: nothing is prefetched), and ``prefetch_limit`` the
     most experts that it may ask for, for each of them (None: what :func:`cache.guesses.guesses_of` says).
-    ``record_bytes`` gives the
-    bytes, and with ``hardware`` the seconds; without hardware a prefetch arrives before the next event. ``miss`` other
-    than ``fetch`` lets the CPU compute misses of decoded tokens where they lie (:class:`cache.misses.MissPlanner`); it
-    needs hardware with a link, a CPU and no disk, all records being in RAM.
+    ``record_bytes`` gives the bytes, and with ``hardware`` the seconds; without hardware a prefetch arrives before the
+    next event. ``miss`` other than ``fetch`` lets the CPU compute misses of decoded tokens where they lie
+    (:class:`cache.misses.MissPlanner`); it needs hardware with a link, a CPU and no disk, all records being in RAM.
     """
 
     policy: str = "foresight"

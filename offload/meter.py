@@ -15,6 +15,10 @@ from offload.memory.process import rss_peak_bytes
 from offload.memory.storage import AnyPlan
 from offload.memory.tier_plan import TierPlan
 from offload.model.experts import ExpertRuntime
+from offload.model.forward_pass import TransferCounters
+
+_TRANSFERS = tuple(item.name for item in fields(TransferCounters))
+"""Counters of the runtime that a tally has under the same names."""
 
 
 @dataclass(slots=True)
@@ -136,20 +140,8 @@ class Meter:
             "misses": prefill.misses + decode.misses,
             "decode_hits": decode.hits,
             "decode_accesses": decode.accesses,
-            "stall_seconds": transfers.stall_seconds,
             "disk_seconds": loads.busy_seconds(),
-            "prefill_bytes": transfers.prefill_bytes,
-            "decode_bytes": transfers.decode_bytes,
-            "needed_bytes": transfers.needed_bytes,
-            "prefetched": transfers.prefetched,
-            "prefetch_used": transfers.prefetch_used,
-            "prefetch_bytes": transfers.prefetch_bytes,
-            "read_ahead": transfers.read_ahead,
-            "read_ahead_used": transfers.read_ahead_used,
-            "events": transfers.events,
-            "compute_calls": transfers.compute_calls,
-            "computed_on_cpu": transfers.computed_on_cpu,
-            "not_moved_bytes": transfers.not_moved_bytes,
+            **{name: getattr(transfers, name) for name in _TRANSFERS},
         }
         if loads.link is not None and loads.host is not None:
             counts |= {

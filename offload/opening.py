@@ -284,6 +284,8 @@ def _plan(
         context_tokens=context,
         row_memory=kv_row_memory(source.model, context, settings.kv_cache),
     )
+    if device.has_graphs and why_no_graphs(settings, device, shares_passes(settings, source)) is None:
+        sizes = replace(sizes, graph_bytes=_graphs(source, context, sizes.row_memory.fixed))
     release_free_memory()
     now = process_memory()
     available = available_memory() if ram is None else ram - now.total
@@ -298,7 +300,6 @@ def _plan(
         activations = _activations(settings, source, context, chunk, rows, held)
         activations += sizes.row_memory.unpacked * max(context, rows * row_tokens)
         computing = 0 if device.unified else _host_computing(settings, source, context, chunk)
-        with_graphs = device.has_graphs and why_no_graphs(settings, device, shares_passes(settings, source)) is None
         return replace(
             sizes,
             rows=rows,
@@ -306,7 +307,6 @@ def _plan(
             kv_bytes=held,
             activation_bytes=activations,
             host_compute_bytes=computing,
-            graph_bytes=_graphs(source, context, sizes.row_memory.fixed) if with_graphs else 0,
         )
 
     def divided(with_rows: ModelSizes) -> AnyPlan:

@@ -248,7 +248,7 @@ def add_in_order(
     total: torch.Tensor, token_of: torch.Tensor, rows: torch.Tensor, parts: Iterable[tuple[int, int]]
 ) -> None:
     """``total`` [T, H] += ``rows`` [R, H], each to its token, one expert after the other: the bits of the CPU's
-    ``index_add_``. A card adds a token.s rows there in any order, so that the same event gave other bits each time;
+    ``index_add_``. A card adds a token's rows there in any order, so that the same event gave other bits each time;
     within one expert's rows, first row and count in ``parts``, a token comes once.
     """
     for first, count in parts:

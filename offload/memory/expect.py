@@ -50,8 +50,11 @@ class CpuEstimate:
     def summary(self) -> list[str]:
         smaller = " and ".join(self.smaller)
         if self.bottleneck == "disk":
-            room = ", ".join([f"smaller weights: {smaller}"] * bool(smaller) + ["a smaller --ctx makes room"])
-            advice = f"a larger --ram holds more experts (all of them: --ram {format_size(self.all_ram_bytes)}); {room}"
+            weights = f"smaller weights: {smaller}, " if smaller else ""
+            advice = (
+                f"a larger --ram holds more experts (all of them: --ram {format_size(self.all_ram_bytes)}); {weights}"
+                "a smaller --ctx makes room"
+            )
         elif smaller:
             advice = f"fewer bytes for the processor to read: {smaller}"
         else:

@@ -20,8 +20,6 @@ from offload.memory.plan import Plan
 from offload.memory.tier_plan import TierPlan
 from offload.memory.tiers import TieredLoads
 
-"""Of the host tier, whatever the slots follow: it sees every event, and costs little beside them."""
-
 AnyPlan = Plan | TierPlan
 OnEvent = Callable[[LoadProgress | Notice], None]
 

@@ -106,7 +106,7 @@ class Fp8Layer(PreallocatedLayer):
             codes[:, :, start:end], scales[:, :, start:end] = to_fp8(states)
         self.show(end)
         keys, values = (
-            decoded(codes[:, :, :end], key_states.dtype).mul_(scales[:, :, :end].to(key_states.dtype))
+            from_fp8(codes[:, :, :end], scales[:, :, :end], key_states.dtype)
             for codes, scales in zip(self._buffers, self._scales, strict=True)
         )
         return keys, values
@@ -141,6 +141,11 @@ def to_fp8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = states.abs().amax(-1, keepdim=True).float() / _FP8_MOST
     scale = scale.clamp(min=torch.finfo(states.dtype).tiny).to(states.dtype).float()
     return (states.float() / scale).to(FP8), scale
+
+
+def from_fp8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What :func:`to_fp8` made of states of ``dtype``, as states again; new memory."""
+    return decoded(codes, dtype).mul_(scales.to(dtype))
 
 
 _SHIFTS = {

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from offload.devices.graphs import GraphError
-from offload.model.kv_cache import Fp8Layer, PreallocatedLayer, to_fp8
+from offload.model.kv_cache import Fp8Layer, PreallocatedLayer, from_fp8, to_fp8
 
 
 class Position:
@@ -127,7 +127,7 @@ class Fp8FullLayer(FullLayer):
             codes, scale = to_fp8(states)
             held.view(torch.uint8).index_copy_(2, index, codes.view(torch.uint8))  # no dtype of its own to copy
             scales.index_copy_(2, index, scale)
-        keys, values = (held.to(dtype).mul_(scales) for held, scales in zip(self._held, self._scales, strict=True))
+        keys, values = (from_fp8(held, scales, dtype) for held, scales in zip(self._held, self._scales, strict=True))
         return keys, values
 
 
