@@ -167,7 +167,7 @@ class Engine(LiveMethods):
 
     def work(self) -> Work:
         """See :meth:`offload.protocol.BenchEngine.work`."""
-        return model_work(self._model, self.plan.sizes, self._modules)
+        return model_work(self._model, self.plan.sizes, self._modules, self._file.layout)
 
     @property
     def rows_at_once(self) -> int:

@@ -83,10 +83,10 @@ def _machine_rates(weight_format: str) -> Rates | None:
     found = load()
     if found is None:
         return None
-    weights = found.weights_bytes_per_s(weight_format)
-    if found.disk_bytes_per_s is None or weights is None or found.flops_per_s is None:
+    weights, flops = found.weights_bytes_per_s(weight_format), found.flops()
+    if found.disk_bytes_per_s is None or weights is None or flops is None:
         return None
-    return Rates(found.disk_bytes_per_s, weights, found.flops_per_s)
+    return Rates(found.disk_bytes_per_s, weights, flops)
 
 
 def _compare(request: BenchRequest, host: Host) -> Report:

@@ -1,8 +1,9 @@
 """What this machine can do, measured once and stored: rates of disk, memory and kernels, and the kernels' crossover.
 
-The crossover, the number of tokens from which decoding weights and multiplying bfloat16 beats the kernels for few,
+The crossover, the number of tokens from which the way for many (``product.py``) beats the kernels for few,
 decides how a product is rounded. So it is measured at the first use of quantised weights, or by ``bench --calibrate``,
-and kept.
+and kept. It is never below :data:`~offload.compute.product.DEFAULT_FEW_TOKENS`: so rows that decode together have the
+bits that they have alone.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from offload.paths import cache_folder
 
 OnProgress = Callable[[LoadProgress], None]
 
-_VERSION = 4  # of what the crossover compares and how the disk is read
-_TRIALS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_VERSION = 5  # of what the crossover compares and how the disk is read
+_TRIALS = (24, 32, 48, 64, 96, 128)
 _ROWS, _COLUMNS = 1536, 2048  # about an expert of today's models
 _MANY = 512
 _PROBE_BYTES = 1024 * 2**20
@@ -61,6 +62,8 @@ class Calibration:
     int4_bytes_per_s: float | None = None
     int8_bytes_per_s: float | None = None
     flops_per_s: float | None = None
+    int4_flops_per_s: float | None = None
+    int8_flops_per_s: float | None = None
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, figure, remark) for people."""
@@ -75,8 +78,13 @@ class Calibration:
             ("int4 kernel", rate(self.int4_bytes_per_s), kernels),
             ("int8 kernel", rate(self.int8_bytes_per_s), kernels),
         ]
-        many = "-" if self.flops_per_s is None else f"{self.flops_per_s / 1e9:.0f} GFLOP/s"
-        rows.append(("many tokens", many, f"products of {_MANY} tokens in bf16, by the library"))
+        for name, flops, how in (
+            ("many tokens", self.flops_per_s, "in bf16, by the library"),
+            ("int4, many tokens", self.int4_flops_per_s, "with weights of 4 bits"),
+            ("int8, many tokens", self.int8_flops_per_s, "with weights of 8 bits"),
+        ):
+            found = "-" if flops is None else f"{flops / 1e9:.0f} GFLOP/s"
+            rows.append((name, found, f"products of {_MANY} tokens {how}"))
         for bits, tokens in sorted(self.few_tokens.items()):
             rows.append(
                 (f"int{bits} crossover", f"{tokens} tokens", "most tokens for the kernel that takes few at a time")
@@ -88,6 +96,15 @@ class Calibration:
         if name == "native":
             return self.memory_bytes_per_s
         return self.int8_bytes_per_s if name == "int8" else self.int4_bytes_per_s
+
+    def flops(self) -> dict[int, float] | None:
+        """Operations a second of products with many tokens, by the bits of the weights, 0 for the library's bfloat16;
+        None if one is not known. Without kernels the library multiplies all.
+        """
+        library, kernels = self.flops_per_s, (self.int4_flops_per_s, self.int8_flops_per_s)
+        if library is None or (self.few_tokens and None in kernels):
+            return None
+        return {0: library, 4: kernels[0] or library, 8: kernels[1] or library}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"version": _VERSION}
@@ -123,15 +140,16 @@ def cpu_rates(weight_format: str, kernels: Kernels | None, on_progress: OnProgre
         missing[name] = (
             _memory_rate() if kernels is None or not bits else _kernel_rate(Products(kernels, 1 << 30), bits)
         )
-    if known.flops_per_s is None:
+    flops_name = f"int{bits}_flops_per_s" if bits and kernels is not None else "flops_per_s"
+    if getattr(known, flops_name) is None:
         on_progress(LoadProgress("measure", 1, 2, "steps"))
-        missing["flops_per_s"] = _flops()
+        missing[flops_name] = _flops() if kernels is None or not bits else _kernel_flops(Products(kernels, 0), bits)
     if missing:
         on_progress(LoadProgress("measure", 2, 2, "steps"))
         known = replace(known, **missing)  # type: ignore[arg-type]
         with contextlib.suppress(RunLocalError):
             save(known)
-    return getattr(known, name), known.flops_per_s or 0.0
+    return getattr(known, name), getattr(known, flops_name)
 
 
 def calibrate(folder: Path, on_progress: OnProgress) -> Calibration:
@@ -142,11 +160,12 @@ def calibrate(folder: Path, on_progress: OnProgress) -> Calibration:
     kernels = load_kernels()
     few = {} if kernels is None else _measure_crossover(kernels, on_progress)
     rates: dict[int, float | None] = {4: None, 8: None}
+    many = dict(rates)
     if kernels is not None:
         rates = {bits: _kernel_rate(Products(kernels, 1 << 30), bits) for bits in rates}
-    return Calibration(
-        machine_key(), few, _memory_rate(), _disk_rate(folder, on_progress), rates[4], rates[8], _flops()
-    )
+        many = {bits: _kernel_flops(Products(kernels, 0), bits) for bits in rates}
+    disk = _disk_rate(folder, on_progress)
+    return Calibration(machine_key(), few, _memory_rate(), disk, rates[4], rates[8], _flops(), many[4], many[8])
 
 
 def machine_key() -> str:
@@ -198,10 +217,10 @@ def _measure_crossover(kernels: Kernels, on_progress: OnProgress) -> dict[int, i
 
 
 def _crossover_of(kernels: Kernels, bits: int) -> int:
-    """The last trial before decoding wins twice in a row; one loss may be another program's doing."""
+    """The last trial before the way for many wins twice in a row; one loss may be another program's doing."""
     matrix = _random_matrix(bits)
     by_kernel, decoded = Products(kernels, 1 << 30), Products(kernels, 0)
-    best = losses = 0
+    best, losses = DEFAULT_FEW_TOKENS, 0
     for tokens in _TRIALS:
         inputs = torch.randn(tokens, _COLUMNS).to(torch.bfloat16)
         # in turn, so that what else the machine does hits both
@@ -212,7 +231,7 @@ def _crossover_of(kernels: Kernels, bits: int) -> int:
             losses += 1
             if losses == 2:
                 break
-    return best or min(_TRIALS[0], DEFAULT_FEW_TOKENS)
+    return best
 
 
 def _kernel_rate(products: Products, bits: int) -> float:
@@ -244,6 +263,11 @@ def _flops() -> float:
         torch.nn.functional.linear(inputs, weight)
         fastest = min(fastest, time.perf_counter() - started)
     return 2 * _MANY * _ROWS * _COLUMNS / fastest
+
+
+def _kernel_flops(products: Products, bits: int) -> float:
+    matrix, inputs = _random_matrix(bits), torch.randn(_MANY, _COLUMNS).bfloat16()
+    return 2 * _MANY * _ROWS * _COLUMNS / min(_seconds(products, matrix, inputs) for _ in range(5))
 
 
 def _memory_rate() -> float:

@@ -1,18 +1,18 @@
 """Products with quantised matrices: a compiled kernel for few tokens, another one or decode and multiply for many.
 
-With few tokens, reading the weights is what takes the time, and the kernel reads them as they are stored. With many,
-arithmetic is. Where the processor multiplies bfloat16, a kernel decodes a few rows at a time and multiplies those;
-elsewhere the weights are decoded for the library's product of full matrices.
+With few tokens, reading the weights is what takes the time; with many, arithmetic is. Where the processor has integer
+dot products, a kernel for many tokens makes integers of them, too; elsewhere the weights are decoded for the library's
+product of full matrices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
 from offload.compute.kernels import Kernels
-from offload.compute.kernels.binding import WIDE_STEP
 from offload.compute.matrix import MatrixLayout, QuantizedMatrix, decode
 
 DEFAULT_FEW_TOKENS = 16
@@ -56,21 +56,20 @@ class Products:
         output = output.half() if exact else output
         return output if bias is None else output + bias
 
-    def takes_wide(self, dtype: torch.dtype, *matrices: QuantizedMatrix) -> bool:
-        """Whether the kernel for many tokens takes inputs of ``dtype`` for these matrices."""
-        wide = self.kernels is not None and self.kernels.wide and dtype == torch.bfloat16
-        return wide and all(matrix.layout.columns % WIDE_STEP == 0 for matrix in matrices)
+    def takes_wide(self, dtype: torch.dtype) -> bool:
+        """Whether there is a kernel for many tokens that takes inputs of ``dtype``."""
+        return self.kernels is not None and self.kernels.integer_dot and dtype == torch.bfloat16
 
     def many_linear(
         self, matrix: QuantizedMatrix, inputs: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As :meth:`linear`, for many tokens."""
-        if not self.takes_wide(inputs.dtype, matrix):
+        if not self.takes_wide(inputs.dtype):
             return self.decoded_linear(matrix, inputs, bias)
         assert self.kernels is not None
         inputs = inputs.contiguous()
         output = torch.empty(len(inputs), matrix.layout.rows, dtype=inputs.dtype)
-        step = wide_rows(matrix.layout.columns)
+        step = wide_rows(panel_bytes(matrix.layout))
         for first in range(0, len(inputs), step):
             job = (matrix.codes.data_ptr(), matrix.params.data_ptr(), first, min(step, len(inputs) - first))
             self.kernels.wide_linear(matrix.layout.shape, [job], inputs, output)
@@ -99,9 +98,15 @@ class Products:
         return self._buffer[:size].view(dtype).view(layout.rows, layout.columns)
 
 
-def wide_rows(columns: int) -> int:
-    """Rows of the input, with ``columns`` values in all, that one call of the kernel for many tokens takes."""
-    return max(1, DECODE_BYTES // (2 * columns))
+def panel_bytes(layout: MatrixLayout) -> int:
+    """What one row of the input takes, made ready for the kernel for many tokens (``kernels/wide.c``)."""
+    group, planes = (layout.group, 1) if layout.bits == 4 else (64, 2)
+    return math.ceil(layout.columns / group) * (group * planes + 12)
+
+
+def wide_rows(row_bytes: int) -> int:
+    """Rows of the input that one call of the kernel for many tokens takes, where each takes ``row_bytes``."""
+    return max(1, DECODE_BYTES // row_bytes)
 
 
 def _rows(matrix: QuantizedMatrix, rows: slice) -> QuantizedMatrix:

@@ -12,7 +12,7 @@ from offload.checkpoint.formats import Weights
 from offload.compute.base import EventCompute, ExpertCompute, RowEvent, WeightsOf
 from offload.compute.kernels.binding import Expert
 from offload.compute.matrix import QuantizedMatrix
-from offload.compute.product import Products, wide_rows
+from offload.compute.product import Products, panel_bytes, wide_rows
 
 CALL_ROWS = 256
 """Pairs of a token and an expert that one call of the kernel takes, if no single expert has more."""
@@ -132,7 +132,7 @@ class _QuantizedEvent(RowEvent):
             weights = self._weights_of(key)
             if count <= self._owner.products.always_few or count <= self._owner.few_tokens(weights):
                 together.append((weights, first, count))
-            elif fused and self._owner.products.takes_wide(self._hidden.dtype, *_matrices(weights)):
+            elif fused and self._owner.products.takes_wide(self._hidden.dtype):
                 many.append((weights, first, count))
             else:
                 self._one(weights, first, count)
@@ -175,9 +175,13 @@ class _QuantizedEvent(RowEvent):
     def _wide(self, many: list[tuple[Weights, int, int]]) -> None:
         """Experts with many tokens each, in calls whose copies of the input stay small."""
         kernels = self._owner.products.kernels
+        if not many:
+            return
+        gate_up, down = (matrix.layout for matrix in _matrices(many[0][0]))
+        rows = wide_rows(panel_bytes(gate_up) + panel_bytes(down) + 4 * down.columns)
         for expert, jobs in self._jobs(many):
             assert kernels is not None
-            for call in in_calls(jobs, wide_rows(expert.gate_up.columns + expert.down.columns)):
+            for call in in_calls(jobs, rows):
                 kernels.wide_experts(expert, call, self._hidden, self._products, self._token_of)
                 self.calls += 1
 

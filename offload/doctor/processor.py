@@ -44,7 +44,7 @@ def processor() -> list[Finding]:
             )
         )
     else:
-        many = "" if kernels.wide else "; without AVX-512 bf16, long prompts go through the library's products"
+        many = "" if kernels.integer_dot else "; without AVX-512 VNNI, long prompts go through the library's products"
         found.append(Finding("kernels", "ok", f"compiled for this processor{many}"))
     return found
 

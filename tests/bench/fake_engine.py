@@ -50,7 +50,7 @@ class FakeBenchEngine(FakeEngine):
         yield Done("length", "x" * given, len(ids), given, run_stats())
 
     def work(self) -> Work:
-        return Work(1000, 100, 10.0)
+        return Work(1000, 100, {0: 10.0})
 
     def ordinary_ids(self) -> list[int]:
         return list(range(100, 200))

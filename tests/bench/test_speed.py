@@ -140,7 +140,12 @@ def test_rows_at_once(tmp_path: Path) -> None:
     folder = build_tiny("olmoe", tmp_path / "checkpoint")
     with open_tiny(folder, tmp_path / "packs", residency=0.4, batch_rows=4, row_tokens=24) as several:
         report = measure(
-            several, Workload(10, 4, 8), SamplingSettings(), 2, lambda notice: None, Rates(1e18, 1e18, 1e18)
+            several,
+            Workload(10, 4, 8),
+            SamplingSettings(),
+            2,
+            lambda notice: None,
+            Rates(1e18, 1e18, {0: 1e18, 4: 1e18, 8: 1e18}),
         )
     assert report.to_json()["bench"]["rows_at_once"] == 4
     assert "4 rows at once" in " ".join(report.summary())
@@ -156,7 +161,7 @@ def test_rows_at_once(tmp_path: Path) -> None:
 
 
 def test_bounds_are_the_larger_of_reads_and_arithmetic() -> None:
-    work, rates = Work(1000, 100, 50.0), Rates(disk=10.0, weights=1000.0, flops=100.0)
+    work, rates = Work(1000, 100, {0: 30.0, 4: 40.0}), Rates(10.0, 1000.0, {0: 100.0, 4: 200.0})
     few = bound(work, rates, needed_bytes=50, passes=2, accesses=30, tokens=2)
     assert (few.disk, few.compute, few.seconds) == (5.0, 5.0, 5.0)
     many = bound(work, rates, needed_bytes=50, passes=1, accesses=10, tokens=40)

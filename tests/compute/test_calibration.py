@@ -49,6 +49,13 @@ def test_a_damaged_file_counts_as_nothing(damage: str) -> None:
     assert load() is None
 
 
+def test_operations_are_known_for_all_weights_or_not_at_all() -> None:
+    without = Calibration("", {}, flops_per_s=4e11)
+    assert without.flops() == {0: 4e11, 4: 4e11, 8: 4e11}, "without kernels the library multiplies"
+    assert Calibration("", {4: 16, 8: 16}, flops_per_s=4e11, int4_flops_per_s=7e11).flops() is None
+    assert Calibration("", {}).flops() is None
+
+
 def test_another_machines_figures_are_not_ours() -> None:
     save(Calibration("another machine", {4: 1, 8: 1}))
     assert load() is None
@@ -68,14 +75,15 @@ def test_rates_of_the_cpu_are_measured_once_and_kept_beside_the_others(monkeypat
     monkeypatch.setattr(calibration, "_memory_rate", lambda: measured.append("memory") or 2e10)
     monkeypatch.setattr(calibration, "_kernel_rate", lambda products, bits: measured.append(bits) or bits * 1e9)
     monkeypatch.setattr(calibration, "_flops", lambda: measured.append("flops") or 1e11)
+    monkeypatch.setattr(calibration, "_kernel_flops", lambda products, bits: measured.append(f"{bits} flops") or 3e11)
     monkeypatch.setattr(calibration, "_measure_crossover", lambda *args: {4: 24, 8: 4})
     some_kernels: Any = object()
     assert cpu_rates("native", None, silent) == (2e10, 1e11) == cpu_rates("native", None, silent)
     crossover(some_kernels, silent)
-    assert cpu_rates("int4-g32", some_kernels, silent) == (4e9, 1e11) == cpu_rates("mixed", some_kernels, silent)
-    assert cpu_rates("int8", some_kernels, silent) == (8e9, 1e11)
+    assert cpu_rates("int4-g32", some_kernels, silent) == (4e9, 3e11) == cpu_rates("mixed", some_kernels, silent)
+    assert cpu_rates("int8", some_kernels, silent) == (8e9, 3e11)
     assert cpu_rates("int8", None, silent) == (2e10, 1e11), "without kernels the memory is all that is known"
-    assert measured == ["memory", "flops", 4, 8]
+    assert measured == ["memory", "flops", 4, "4 flops", 8, "8 flops"]
     assert crossover(some_kernels, silent) == {4: 24, 8: 4}
 
 
@@ -92,15 +100,16 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch: pytest.M
 def test_calibrate_measures_everything_and_leaves_no_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_PROBE_BYTES", 16 * 2**20)
     monkeypatch.setattr(calibration, "_SECONDS", 0.05)
-    monkeypatch.setattr(calibration, "_TRIALS", (2, 4))
+    monkeypatch.setattr(calibration, "_TRIALS", (18, 20))
     found = calibrate(tmp_path / "packs", silent)
     assert list((tmp_path / "packs").iterdir()) == []
     assert found.memory_bytes_per_s and found.memory_bytes_per_s > 0
     assert found.disk_bytes_per_s is None or found.disk_bytes_per_s > 0
     if load_kernels() is not None:
-        assert set(found.few_tokens) == {4, 8} and set(found.few_tokens.values()) <= {2, 4}
+        assert set(found.few_tokens) == {4, 8} and set(found.few_tokens.values()) <= {16, 18, 20}
         assert found.int4_bytes_per_s and found.int8_bytes_per_s
-    assert json.loads(json.dumps(found.to_json()))["version"] == 4
+        assert found.flops() == {0: found.flops_per_s, 4: found.int4_flops_per_s, 8: found.int8_flops_per_s}
+    assert json.loads(json.dumps(found.to_json()))["version"] == 5
     assert all(len(row) == 3 and all(isinstance(cell, str) for cell in row) for row in found.rows())
 
 

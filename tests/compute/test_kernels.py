@@ -19,8 +19,10 @@ LAYOUTS = [(8, 0), (4, 32), (4, 64), (4, 128)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 3, 8, 64, 300]
 # Root mean square of the error relative to that of the result. Weights are exact here, inputs too: what is left is the
-# rounding of sums, of the output, and, where weights are decoded for the library's product, of the weights.
+# rounding of sums, of the output, where weights are decoded for the library's product, of the weights, and, in the
+# kernel for many tokens, of bfloat16 inputs to 8 bits beside weights of 4.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
+EIGHT_BITS = 1e-2
 SHAPES = [(1, 24), (5, 77), (33, 100), (70, 200), (96, 256), (31, 31)]
 
 
@@ -80,7 +82,12 @@ def test_linear_by_any_way(
     assert (output.shape, output.dtype) == ((tokens, shape[0]), dtype)
     # a single sum may be small by chance: what it can lose is a share of its terms
     size = inputs.double().abs() @ weights.abs().t() if output.numel() < 10 else None
-    assert_close(output, inputs.double() @ weights.t(), BOUNDS[dtype], size)
+    assert_close(
+        output,
+        inputs.double() @ weights.t(),
+        EIGHT_BITS if bits == 4 and dtype == torch.bfloat16 else BOUNDS[dtype],
+        size,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

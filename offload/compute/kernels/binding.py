@@ -53,8 +53,6 @@ class Attention(ctypes.Structure):
     ]
 
 
-WIDE_STEP = 32
-"""What the kernels for many tokens take: matrices whose columns are a multiple of this."""
 HEAD_STEP, MOST_HEAD_WIDTH = 16, 512
 """What the attention kernel takes: heads whose width is a multiple of the first, at most the second."""
 
@@ -65,7 +63,8 @@ class Kernels:
     Inputs and outputs are contiguous float32 or bfloat16. Products of float32 inputs are exact in float32; those of
     bfloat16 inputs, and of what goes into the second matrix of such an expert, may take the inputs as integers of 15
     bits with a scale for every 128 columns (``integer_dot``): that loses less than bfloat16 does. Those for many tokens
-    (``wide``) round the weights, and what goes into the second matrix, to bfloat16.
+    (the ``wide`` ones) do the same with every 64 columns and 8-bit weights; beside 4-bit weights they take 8 bits and a
+    scale for the weights' groups, also of what goes into the second matrix.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -91,9 +90,8 @@ class Kernels:
         self._attend.argtypes = [pointer, pointer, number]
         self.threads: int | None = None
         self.integer_dot = bool(library.rl_integer_dot())
-        self.wide = bool(library.rl_wide())
-        """Whether there are products for many tokens: those of bfloat16 inputs, with columns that divide by
-        :data:`WIDE_STEP`."""
+        """Whether the processor has integer dot products, and so there are products for many tokens, of bfloat16
+        inputs."""
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
@@ -160,7 +158,7 @@ class Kernels:
         output: torch.Tensor,
         token_of: torch.Tensor | None = None,
     ) -> None:
-        """As :meth:`linear` with ``inputs`` in bfloat16, for many tokens; see :attr:`wide`."""
+        """As :meth:`linear` with ``inputs`` in bfloat16, for many tokens; see :attr:`integer_dot`."""
         _check(
             self._wide_linear(
                 ctypes.byref(shape),
@@ -182,7 +180,7 @@ class Kernels:
         output: torch.Tensor,
         token_of: torch.Tensor,
     ) -> None:
-        """As :meth:`silu_experts` with ``inputs`` in bfloat16, for many tokens; see :attr:`wide`."""
+        """As :meth:`silu_experts` with ``inputs`` in bfloat16, for many tokens; see :attr:`integer_dot`."""
         _check(
             self._wide_experts(
                 ctypes.byref(expert),

@@ -51,20 +51,6 @@ static int panel_init(Panel *p, const Shape *s, int rows, int exact, Scratch *va
 }
 
 #if INTEGER_DOT
-#define MOST 16256 /* 127 * 128: the upper byte of an integer is then in -127 .. 127, the lower one in -64 .. 63 */
-
-INLINE __m512 load_floats(const void *from, int dtype, size_t at, __mmask16 there) {
-  if (dtype != BF16) return _mm512_maskz_loadu_ps(there, (const float *)from + at);
-  const __m256i half = _mm256_maskz_loadu_epi16(there, (const uint16_t *)from + at);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-INLINE void store_bytes(__m512i q, int8_t *upper, int8_t *lower) { /* q = upper * 128 + lower */
-  const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
-  _mm_store_si128((__m128i *)upper, _mm512_cvtepi32_epi8(high));
-  _mm_store_si128((__m128i *)lower, _mm512_cvtepi32_epi8(_mm512_sub_epi32(q, _mm512_slli_epi32(high, 7))));
-}
-
 /* One row of the input as integers. What is not finite makes every product of its row NaN. */
 static void panel_fill_integers(const Panel *p, const Shape *s, int row, const void *from, int dtype, size_t at) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -82,8 +68,8 @@ static void panel_fill_integers(const Panel *p, const Shape *s, int row, const v
     }
     const float largest = _mm512_reduce_max_ps(most);
     const int some = finite == 0xffff && largest > 1e-33f; /* smaller ones are nothing beside any other block */
-    const __m512 inverse = _mm512_set1_ps(some ? MOST / largest : 0);
-    const float scale = some ? largest / MOST : finite == 0xffff ? 0 : NAN;
+    const __m512 inverse = _mm512_set1_ps(some ? MOST_INTEGER / largest : 0);
+    const float scale = some ? largest / MOST_INTEGER : finite == 0xffff ? 0 : NAN;
     __m512i q[BLOCK / 16];
     for (int i = 0; i < BLOCK / 16; i++) q[i] = some ? _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)) : _mm512_setzero_si512();
     if (s->bits == 8) {
