@@ -3,15 +3,22 @@ for it, row by row."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from offload.compute.kernels import Kernels
 from offload.compute.product import Products, panel_bytes, wide_rows
 from offload.compute.quantized_experts import in_calls
-from tests.compute.test_kernels import LAYOUTS, Gated, address, assert_close, gated, jobs_of, normal, quantized
+from tests.compute.test_kernels import (
+    LAYOUTS,
+    address,
+    as_integers,
+    assert_close,
+    gated,
+    jobs_of,
+    normal,
+    quantized,
+)
 
 SHAPES = [(1, 32), (16, 64), (40, 160), (77, 256), (96, 480), (5, 77), (33, 100), (3, 1)]
 BFLOAT = torch.bfloat16
@@ -22,18 +29,6 @@ def wide(kernels: Kernels) -> Kernels:
     if not kernels.integer_dot:
         pytest.skip("this processor has no integer dot products")
     return kernels
-
-
-def as_integers(inputs: torch.Tensor, layout: tuple[int, int]) -> torch.Tensor:
-    """What the kernel's integers stand for, float64: 8 bits and a scale for each group, or 15 with 8-bit weights."""
-    bits, group = layout
-    group, most = (group, 127) if bits == 4 else (64, 127 * 128)
-    columns = inputs.shape[1]
-    padded = torch.nn.functional.pad(inputs.float(), (0, -columns % group))
-    groups = padded.view(len(inputs), -(-columns // group), group)
-    largest = groups.abs().amax(-1, keepdim=True)
-    codes = (groups * (most / largest.where(largest > 0, 1))).round()  # in float32, as it decides between neighbours
-    return (codes.double() * (largest / most).double()).flatten(1)[:, :columns]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT])
@@ -49,7 +44,7 @@ def test_products_of_several_jobs(
     token_of = torch.randint(0, 9, (sum(counts) + 2,), dtype=torch.int32)
     output = torch.full((len(token_of), shape[0]), 7.0, dtype=dtype)
     jobs, expected, first = [], torch.full(output.shape, 7.0, dtype=torch.float64), 1  # row 0 and the last are no job's
-    exact = as_integers(inputs, (bits, matrices[0].layout.group))  # narrow matrices have smaller groups
+    exact = as_integers(inputs, bits, matrices[0].layout.group or 64)  # narrow matrices have smaller groups
     for (matrix, weights), count in zip(made, counts, strict=True):
         jobs.append((*address(matrix), first, count))
         rows = slice(first, first + count)
@@ -95,7 +90,7 @@ def test_whole_experts(
     wide.wide_experts(experts[0].expert, jobs, inputs, output, token_of)
     expected = torch.cat(
         [
-            product_of_integers(expert, inputs[token_of[first:][:count].long()])
+            expert.product_of_integers(inputs[token_of[first:][:count].long()], 64)
             for expert, (_, _, first, count) in zip(experts, jobs, strict=True)
         ]
     )
@@ -105,15 +100,6 @@ def test_whole_experts(
         assert sum(count for _, _, _, count in call) <= 7
         wide.wide_experts(experts[0].expert, call, inputs, parts, token_of)
     assert torch.equal(parts, output), "the same in calls of a few rows"
-
-
-def product_of_integers(expert: Gated, inputs: torch.Tensor) -> torch.Tensor:
-    def layout(shape: Any) -> tuple[int, int]:
-        return shape.bits, shape.group
-
-    gate, up = (as_integers(inputs, layout(expert.expert.gate_up)) @ expert.gate_up.t()).chunk(2, 1)
-    states = torch.nn.functional.silu(gate) * up
-    return as_integers(states, layout(expert.expert.down)) @ expert.down.t()
 
 
 def test_what_is_not_finite_stays_in_its_row(wide: Kernels) -> None:
@@ -134,7 +120,7 @@ def test_many_tokens_go_in_parts(bits: int, group: int, wide: Kernels, monkeypat
     monkeypatch.setattr("offload.compute.product.DECODE_BYTES", panel_bytes(matrix.layout) * 7)
     assert wide_rows(panel_bytes(matrix.layout)) == 7
     assert torch.equal(products.linear(matrix, inputs, bias), whole)
-    assert_close(whole, as_integers(inputs, (bits, matrix.layout.group)) @ weights.t() + bias.double(), 6e-3)
+    assert_close(whole, as_integers(inputs, bits, matrix.layout.group or 64) @ weights.t() + bias.double(), 6e-3)
 
 
 @pytest.mark.parametrize(("bits", "group"), LAYOUTS)

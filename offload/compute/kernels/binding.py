@@ -60,11 +60,10 @@ HEAD_STEP, MOST_HEAD_WIDTH = 16, 512
 class Kernels:
     """The library's functions. Each call uses :attr:`threads`, or torch's number of threads where that is None.
 
-    Inputs and outputs are contiguous float32 or bfloat16. Products of float32 inputs are exact in float32; those of
-    bfloat16 inputs, and of what goes into the second matrix of such an expert, may take the inputs as integers of 15
-    bits with a scale for every 128 columns (``integer_dot``): that loses less than bfloat16 does. Those for many tokens
-    (the ``wide`` ones) do the same with every 64 columns and 8-bit weights; beside 4-bit weights they take 8 bits and a
-    scale for the weights' groups, also of what goes into the second matrix.
+    Inputs and outputs are contiguous float32 or bfloat16. Products of float32 inputs are exact in float32. With
+    ``integer_dot`` bfloat16 inputs, and what goes into the second matrix of such an expert, are taken as integers:
+    beside 4-bit weights as 8 bits with a scale for each of the weights' groups, beside 8-bit weights as 15 bits with a
+    scale for every 128 columns, or 64 in the kernels for many tokens (the ``wide`` ones).
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:

@@ -196,6 +196,27 @@ INLINE void store_bytes(__m512i q, int8_t *upper, int8_t *lower) { /* q = upper 
   _mm_storeu_si128((__m128i *)lower, _mm512_cvtepi32_epi8(_mm512_sub_epi32(q, _mm512_slli_epi32(high, 7))));
 }
 
+/* Some vectors as integers, the largest of which is `levels`; `total` is their sum. Returns the scale, which is NaN if a
+ * value is not finite: that makes every product of its row NaN. */
+INLINE float integers_of(const __m512 *x, int vectors, float levels, __m512i *q, int32_t *total) {
+  __m512 most = _mm512_setzero_ps();
+  __mmask16 finite = 0xffff;
+  for (int i = 0; i < vectors; i++) {
+    finite &= _mm512_cmp_ps_mask(_mm512_sub_ps(x[i], x[i]), _mm512_setzero_ps(), _CMP_EQ_OQ);
+    most = _mm512_max_ps(most, _mm512_abs_ps(x[i]));
+  }
+  const float largest = _mm512_reduce_max_ps(most);
+  const int some = finite == 0xffff && largest > 1e-33f; /* smaller ones are nothing beside any other group */
+  const __m512 inverse = _mm512_set1_ps(some ? levels / largest : 0);
+  __m512i sum = _mm512_setzero_si512();
+  for (int i = 0; i < vectors; i++) {
+    q[i] = some ? _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)) : _mm512_setzero_si512();
+    sum = _mm512_add_epi32(sum, q[i]);
+  }
+  *total = _mm512_reduce_add_epi32(sum);
+  return some ? largest / levels : finite == 0xffff ? 0 : NAN;
+}
+
 INLINE __m256i bf16_of(__m512 v) { /* to nearest, ties to even */
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(v);

@@ -39,7 +39,6 @@ static int panel_init(Panel *p, const Shape *s, int rows, Scratch *values, Scrat
   return p->values && p->more ? 0 : -1;
 }
 
-/* What is not finite makes every product of its row NaN. */
 static void panel_fill(const Panel *p, const Shape *s, int row, const void *from, int dtype, size_t at) {
   const __m128i apart = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   const int group = group_of(s);
@@ -48,27 +47,18 @@ static void panel_fill(const Panel *p, const Shape *s, int row, const void *from
   int32_t *starts = (int32_t *)(sums + p->groups);
   int8_t *to = p->values + row * p->width;
   for (size_t g = 0; g < p->groups; g++) {
-    __m512 x[BLOCK / 16], most = _mm512_setzero_ps();
-    __mmask16 finite = 0xffff;
+    __m512 x[BLOCK / 16];
+    __m512i q[BLOCK / 16];
     for (int i = 0; i < group / 16; i++) {
       const long left = s->columns - (long)(g * group + i * 16);
       x[i] = load_floats(from, dtype, at + g * group + i * 16, left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
-      finite &= _mm512_cmp_ps_mask(_mm512_sub_ps(x[i], x[i]), _mm512_setzero_ps(), _CMP_EQ_OQ);
-      most = _mm512_max_ps(most, _mm512_abs_ps(x[i]));
     }
-    const float largest = _mm512_reduce_max_ps(most);
-    const int some = finite == 0xffff && largest > 1e-33f; /* smaller ones are nothing beside any other group */
-    const __m512 inverse = _mm512_set1_ps(some ? levels / largest : 0);
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < group / 16; i++, to += 16) {
-      const __m512i q = some ? _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)) : _mm512_setzero_si512();
-      sum = _mm512_add_epi32(sum, q);
-      if (s->bits == 4) _mm_storeu_si128((__m128i *)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), apart));
-      else store_bytes(q, to, to + GROUP8);
-    }
+    int32_t total;
+    scales[g] = integers_of(x, group / 16, levels, q, &total);
+    for (int i = 0; i < group / 16; i++, to += 16)
+      if (s->bits == 4) _mm_storeu_si128((__m128i *)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q[i]), apart));
+      else store_bytes(q[i], to, to + GROUP8);
     if (s->bits == 8) to += GROUP8;
-    const int32_t total = _mm512_reduce_add_epi32(sum);
-    scales[g] = some ? largest / levels : finite == 0xffff ? 0 : NAN;
     sums[g] = (float)total * scales[g];
     starts[g] = s->bits == 4 ? -8 * total : -total; /* weights count from 0; with 8 bits 128 of what is shifted by 7 */
   }
