@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offload.checkpoint.model_folder import INDEX_FILE, MISTRAL_INDEX_FILE
-from tests.published_models import Pair
+from tests.published_models import NVFP4_GROUP, Pair, nvfp4_matrix
 from tests.tiny_models import build_tiny
 
 BLOCK = 32
@@ -49,12 +49,20 @@ _QUANTISATION: dict[str, dict[str, Any]] = {
             "FP8_BLOCK": {"weights": {"block_structure": [BLOCK, BLOCK], "strategy": "block", "type": "float"}}
         },
     },
+    "16": {
+        "quant_method": "COMPRESSED_TENSORS",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {"NVFP4": {"weights": NVFP4_GROUP, "input_activations": NVFP4_GROUP}},
+    },
 }
 _ENDS = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
 
 
 def build_mistral(folder: Path, scales: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Pair:
-    """``scales``: FP8 with one for a ``tensor`` or ``block``; None: not quantised. The reference has what is left."""
+    """``scales``: FP8 with one for a ``tensor`` or ``block``, NVFP4 with one for ``16``; None: not quantised.
+
+    The reference has what is left.
+    """
     sizes = {"rope_parameters": ROTARY, "first_k_dense_replace": 1, "head_dim": 24}
     reference = build_tiny("mistral4", folder / "reference", dtype=dtype, sizes=sizes)
     weights = {}
@@ -68,7 +76,10 @@ def build_mistral(folder: Path, scales: str | None = None, dtype: torch.dtype = 
         if scales is None or re.search(r"norm|\.gate\.|tok_embeddings|output", name):
             held[name] = weight
             continue
-        parts, named[name] = _fp8(name.removesuffix(".weight"), weight, scales)
+        if scales == "16":
+            parts, named[name] = nvfp4_matrix(name, weight, divides=True)
+        else:
+            parts, named[name] = _fp8(name.removesuffix(".weight"), weight, scales)
         held |= parts
     back = {}
     for name, weight in weights.items():

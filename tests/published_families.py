@@ -23,6 +23,7 @@ PUBLISHED: dict[str, dict[str, Callable[[Path], Pair]]] = {
     name: {family: partial(published, name, family) for family in families}
     for name, families in {
         "fp8": ("deepseek_v3", "qwen3_moe", "minimax_m2", "glm4_moe", "qwen3_next", "deepseek_v32"),
+        "nvfp4": ("qwen3_moe", "deepseek_v3", "minimax_m2", "glm4_moe"),
         "compressed int4": ("deepseek_v3", "qwen3_moe", "glm4_moe"),
         "gptq": ("qwen3_moe", "qwen2_moe", "mixtral"),
         "awq": ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe"),
@@ -36,7 +37,7 @@ PUBLISHED: dict[str, dict[str, Callable[[Path], Pair]]] = {
 
 WORDS = {
     "fp8": "FP8", "compressed int4": "compressed-tensors", "gptq": "GPTQ", "awq": "AWQ", "nf4": "bitsandbytes",
-    "mxfp4": "MXFP4", "gguf": "GGUF",
+    "mxfp4": "MXFP4", "nvfp4": "NVFP4", "gguf": "GGUF",
 }  # fmt: skip
 """What people call them."""
 
@@ -46,9 +47,11 @@ def formats_of(family: str) -> tuple[str, ...]:
     without a star.
     """
     tested = {WORDS[name] for name, families in PUBLISHED.items() if family in families}
-    through = {_WORD_OF[form.config["quant_method"]] for form in FORMATS.values() if form.architecture == family}
+    through = {word for name, form in FORMATS.items() for word in _words_of(name) if form.architecture == family}
     through |= {"GGUF" for model in GGUF_MODELS.values() if model.architecture == family}
     return tuple(sorted(through | {f"{word}*" for word in tested - through}))
 
 
-_WORD_OF = {word.lower(): word for word in WORDS.values()}
+def _words_of(name: str) -> list[str]:
+    """Of an entry of :data:`FORMATS`, by the beginning of its name."""
+    return [word for start, word in WORDS.items() if name.startswith(start.split()[0])]

@@ -127,6 +127,73 @@ def mxfp4(name: str, weight: torch.Tensor) -> Published | None:
     return Published(parts, back.flatten(-2).transpose(1, 2).to(weight.dtype))
 
 
+# --- NVFP4
+
+NVFP4_GROUP = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group", "symmetric": True}
+
+
+def nvfp4(name: str, weight: torch.Tensor, divides: bool = False) -> Published | None:
+    return nvfp4_matrix(name, weight, divides) if is_linear(name) else None
+
+
+def nvfp4_matrix(name: str, weight: torch.Tensor, divides: bool) -> Published:
+    """16 weights share a scale of 8 bits, which is divided by the matrix's own number or multiplied with it."""
+    stem, groups = name.removesuffix(".weight"), weight.float().unflatten(-1, (-1, 16))
+    whole = groups.abs().max() / (6 * 448)
+    whole = 1 / whole if divides else whole
+    largest = groups.abs().amax(-1) / 6
+    held = (largest * whole if divides else largest / whole).clamp(min=2.0**-9).to(torch.float8_e4m3fn)
+    scale = (held.float() / whole if divides else held.float() * whole)[..., None]
+    codes = ((groups / scale).abs()[..., None] - torch.tensor(FP4_VALUES)).abs().argmin(-1)
+    back = torch.tensor(FP4_VALUES)[codes] * groups.sign() * scale
+    codes = (codes + 8 * (groups < 0)).flatten(-2).to(torch.uint8)
+    pairs = codes[:, 0::2] + 16 * codes[:, 1::2]
+    if divides:
+        parts = {f"{name}_packed": pairs, f"{name}_scale": held, f"{name}_global_scale": whole[None]}
+        parts[f"{stem}.input_global_scale"] = torch.tensor([300.0])
+    else:
+        parts = {
+            name: pairs,
+            f"{name}_scale": held,
+            f"{name}_scale_2": whole,
+            f"{stem}.input_scale": torch.tensor(0.01),
+        }
+    return Published(parts, back.flatten(-2).to(weight.dtype))
+
+
+def nvfp4_beside_fp8(name: str, weight: torch.Tensor, divides: bool) -> Published | None:
+    """Experts in NVFP4, the rest in FP8 with one scale for a matrix."""
+    if ".experts." in name:
+        return nvfp4(name, weight, divides)
+    if not is_linear(name):
+        return None
+    stem, scale = name.removesuffix(".weight"), weight.float().abs().max() / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    parts = {name: codes, f"{name}_scale": scale, f"{stem}.input_scale": torch.tensor(0.01)}
+    if name.endswith(("k_proj.weight", "v_proj.weight")):
+        parts[f"{stem}.{stem[-6]}_scale"] = torch.tensor(0.02)  # of an 8-bit KV cache
+    return Published(parts, (codes.float() * scale).to(weight.dtype))
+
+
+def modelopt_config(**more: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"weights": NVFP4_GROUP, "input_activations": NVFP4_GROUP, "targets": ["Linear"]}},
+    } | more  # fmt: skip
+
+
+def compressed_nvfp4_config() -> dict[str, Any]:
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors", "format": "mixed-precision", "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {"weights": fp8, "format": "float-quantized", "targets": ["re:.*self_attn.*"]},
+            "group_1": {"weights": NVFP4_GROUP, "format": "nvfp4-pack-quantized", "targets": ["re:.*experts.*"]},
+        },
+        "ignore": ["lm_head"],
+    }  # fmt: skip
+
+
 # --- whole numbers in groups, packed into 32-bit words
 
 INT_GROUP = 32
@@ -273,6 +340,21 @@ FORMATS = {
         mxfp4,
         {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
         {"intermediate_size": 96},
+    ),
+    "nvfp4": Format("qwen3_moe", nvfp4, modelopt_config()),
+    "nvfp4 and fp8": Format(
+        "minimax_m2",
+        partial(nvfp4_beside_fp8, divides=False),
+        modelopt_config(
+            quant_algo="MIXED_PRECISION",
+            quantized_layers={
+                "model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"},
+                "model.layers.0.block_sparse_moe.experts": {"quant_algo": "NVFP4", "group_size": 16},
+            },
+        ),
+    ),
+    "nvfp4 of compressed-tensors": Format(
+        "deepseek_v3", partial(nvfp4_beside_fp8, divides=True), compressed_nvfp4_config()
     ),
     "compressed int4": Format("deepseek_v3", compressed, compressed_config()),
     "compressed int8, zero points": Format(

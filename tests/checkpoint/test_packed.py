@@ -23,6 +23,7 @@ from offload.checkpoint.formats.fp8 import Fp8Layout
 from offload.checkpoint.formats.gptq import GptqLayout
 from offload.checkpoint.formats.methods import LAYOUTS, METHODS, get_method, parse_layout
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout
+from offload.checkpoint.formats.nvfp4 import Nvfp4Layout
 from offload.checkpoint.formats.packed import Entry, PackedLayout, PackedTensor
 from offload.checkpoint.source import open_source
 from offload.errors import ModelError
@@ -35,6 +36,8 @@ LAYOUT_EXAMPLES: list[PackedLayout] = [
     Fp8Layout((48, 80), 1, 80, "float8_e4m3fn", "uint8"),
     Mxfp4Layout((48, 96), 0),
     Mxfp4Layout((64, 40), 1),
+    Nvfp4Layout((48, 80), 0),
+    Nvfp4Layout((48, 96), 1),
     CompressedLayout((48, 96), 4, 32, "bfloat16", 0, 0),
     CompressedLayout((48, 80), 8, 32, "float16", 1, 0),
     GptqLayout((48, 96), 4, 3, "float16", 1, 0),
@@ -150,6 +153,128 @@ def test_four_bit_experts_of_an_fp8_checkpoint() -> None:
     assert torch.equal(decode(layout, parts), expected)
 
 
+# --- NVFP4 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("divides", "whole"), [(0, 0.25), (1, 4.0)])
+def test_nvfp4_by_hand(divides: int, whole: float) -> None:
+    """Low halves come first, a scale is for 16, and the matrix's own number divides or multiplies."""
+    codes = torch.zeros(2, 16, dtype=torch.uint8)
+    codes[0, 0], codes[0, 7], codes[0, 8], codes[1, 15] = 0x21, 0xF0, 0x9E, 0x7C
+    scales = torch.tensor([[0x38, 0x40], [0x01, 0xB8]], dtype=torch.uint8).view(torch.float8_e4m3fn)  # 1 2, 2^-9 -1
+    expected = torch.zeros(2, 32)
+    expected[0, 0], expected[0, 1], expected[0, 15] = 0.5, 1, -6
+    expected[0, 16], expected[0, 17] = 2 * -4, 2 * -0.5
+    expected[1, 30], expected[1, 31] = -1 * -2, -1 * 6
+    found = decode(Nvfp4Layout((2, 32), divides), (codes, scales, torch.tensor([whole])), torch.float32)
+    assert torch.equal(found, expected / 4)
+    codes[1, 0] = 1
+    found = decode(Nvfp4Layout((2, 32), divides), (codes, scales, torch.tensor([whole])), torch.float32)
+    assert found[1, 0] == 0.5 * 2**-9 / 4
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("divides", [0, 1])
+def test_nvfp4_scales_that_are_no_numbers(divides: int, code: int) -> None:
+    layout = Nvfp4Layout((4, 32), divides)
+    codes, scales, whole = example_parts(layout)
+    scales = torch.full_like(scales.view(torch.uint8), 0x38).view(torch.float8_e4m3fn)
+    assert layout.finite((codes, scales, whole))
+    assert not layout.finite((codes, scales, torch.tensor([torch.nan])))
+    assert layout.finite((codes, scales, torch.tensor([0.0]))) is not bool(divides)
+    scales.view(torch.uint8)[3, 1] = code
+    assert not layout.finite((codes, scales, whole))
+
+
+def test_both_names_of_nvfp4() -> None:
+    parts = {
+        "scale": Entry(torch.float8_e4m3fn, (40, 4)),
+        "whole": Entry(torch.float32, ()),
+        "codes": Entry(torch.uint8, (40, 32)),
+    }
+    entries = {"q.weight": parts["codes"], "q.weight_scale": parts["scale"], "q.weight_scale_2": parts["whole"]}
+    fp8 = {
+        "k.weight": Entry(torch.float8_e4m3fn, (40, 64)), "k.weight_scale": Entry(torch.float32, ()),
+        "k.input_scale": Entry(torch.float32, ()), "q.input_scale": Entry(torch.float32, ()),
+        "v.weight": Entry(torch.float8_e4m3fn, (40, 64)), "v.weight_scale": Entry(torch.uint8, (40, 2)),
+    }  # fmt: skip
+    found = METHODS["modelopt"]({"quant_algo": "MIXED_PRECISION"}).find(entries | fp8, lambda key: torch.empty(0))
+    assert found == {
+        "q.weight": PackedTensor(Nvfp4Layout((40, 64), 0), ("q.weight", "q.weight_scale", "q.weight_scale_2")),
+        "k.weight": PackedTensor(
+            Fp8Layout((40, 64), 40, 64, "float8_e4m3fn", "float32"), ("k.weight", "k.weight_scale")
+        ),
+        "v.weight": PackedTensor(Fp8Layout((40, 64), 1, 32, "float8_e4m3fn", "uint8"), ("v.weight", "v.weight_scale")),
+    }
+    entries = {
+        "q.weight_packed": parts["codes"], "q.weight_scale": parts["scale"],
+        "q.weight_global_scale": Entry(torch.float32, (1,)), "q.input_global_scale": Entry(torch.float32, (1,)),
+    }  # fmt: skip
+    found = METHODS["compressed-tensors"]({"format": "nvfp4-pack-quantized"}).find(entries, lambda key: torch.empty(0))
+    keys = ("q.weight_packed", "q.weight_scale", "q.weight_global_scale")
+    assert found == {"q.weight": PackedTensor(Nvfp4Layout((40, 64), 1), keys)}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"q.weight_scale_2": None}, r"the NVFP4 tensor q.weight has no scales \(q.weight_scale_2\); download"),
+        ({"q.weight_scale": None}, r"the NVFP4 tensor q.weight has no scales \(q.weight_scale\); download"),
+        ({"q.weight_scale": Entry(torch.float8_e4m3fn, (40, 2))}, r"the scales q.weight_scale \[40, 2\] do not fit"),
+        (
+            {"q.weight_scale": Entry(torch.uint8, (40, 4))},
+            "the scales q.weight_scale .* do not fit the weights q.weight",
+        ),
+        ({"q.weight_scale_2": Entry(torch.float32, (40,))}, r"the scales q.weight_scale_2 \[40\] do not fit"),
+        ({"q.weight": Entry(torch.uint8, (3, 40, 32))}, r"the NVFP4 tensor q.weight \[3, 40, 32\] is no matrix, which"),
+        ({"q.pre_quant_scale": Entry(torch.float32, (64,))}, "q.pre_quant_scale scales inputs, which is not supported"),
+        (
+            {
+                "experts.up": Entry(torch.uint8, (3, 40, 32)),
+                "experts.up_weight_scale": Entry(torch.float8_e4m3fn, (3, 40, 4)),
+            },
+            "the modelopt tensor experts.up holds all experts of a layer, which is not supported; use another",
+        ),
+    ],
+)
+def test_nvfp4_that_cannot_be_read(change: dict[str, Entry | None], match: str) -> None:
+    whole = {
+        "q.weight": Entry(torch.uint8, (40, 32)), "q.weight_scale": Entry(torch.float8_e4m3fn, (40, 4)),
+        "q.weight_scale_2": Entry(torch.float32, ()),
+    }  # fmt: skip
+    entries = {key: entry for key, entry in (whole | change).items() if entry is not None}
+    with pytest.raises(ModelError, match=match):
+        METHODS["modelopt"]({}).find(entries, lambda key: torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    ("config", "spec"),
+    [
+        ({"quant_algo": "NVFP4"}, "nvfp4:divides=0"),
+        ({"quant_algo": "w4a16_nvfp4"}, "nvfp4:divides=0"),
+        ({"quant_algo": "FP8"}, "fp8:block_rows=40,block_columns=64,weight=float8_e4m3fn,scale=float32"),
+        ({"quant_algo": "MIXED_PRECISION"}, None),
+        (
+            {
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"a.q_proj": {"quant_algo": "FP8"}, "a.experts.0.up": {"quant_algo": "NVFP4"}},
+            },
+            "nvfp4:divides=0",
+        ),
+        (
+            {
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"quantized_layers": {"a.experts": {"quant_algo": "FP8"}}},
+            },
+            "fp8:block_rows=40,block_columns=64,weight=float8_e4m3fn,scale=float32",
+        ),
+    ],
+)
+def test_what_modelopt_lets_expect(config: dict[str, Any], spec: str | None) -> None:
+    found = METHODS["modelopt"](config).predict((40, 64), torch.bfloat16, False)
+    assert (None if found is None else found.spec) == spec
+
+
 # --- compressed-tensors ---------------------------------------------------------------------------------------------
 
 
@@ -170,8 +295,12 @@ def test_compressed_fp8_with_a_scale_for_each_row() -> None:
     ("config", "match"),
     [
         (
-            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-            "'nvfp4-pack-quantized' is not supp",
+            {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"},
+            "'mxfp4-pack-quantized' is not supp",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
+            "modelopt quant_algo 'NVFP4_AWQ' is not supported; these",
         ),
         (
             {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 3, "type": "int"}}}},
@@ -264,6 +393,16 @@ def test_mxfp4_with_damaged_scales(change: Change, match: str, tmp_path: Path) -
         ("nf4", lambda t: t.pop(f"{EXPERT}.weight.absmax"), "has no .*weight.absmax; download the checkpoint again"),
         ("nf4", lambda t: t[f"{EXPERT}.weight.quant_state.bitsandbytes__nf4"].fill_(65), "nf4 is damaged"),
         ("nf4", lambda t: t.update({f"{EXPERT}.weight.absmax": torch.ones(5)}), "absmax .* does not fit the weights"),
+        (
+            "nvfp4",
+            lambda t: t.pop(f"{EXPERT}.weight_scale_2"),
+            "has no scales .*weight_scale_2.; download the checkpoint",
+        ),
+        (
+            "nvfp4",
+            lambda t: t[f"{EXPERT}.weight_scale"].view(torch.uint8)[3].fill_(0x7F),
+            "layer 1, expert 2 has scales that are not finite",
+        ),
         (
             "nf4",
             lambda t: t[f"{EXPERT}.weight.nested_absmax"].fill_(torch.nan),

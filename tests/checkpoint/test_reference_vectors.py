@@ -1,8 +1,9 @@
-"""GPTQ and AWQ against the libraries that wrote the formats: matrices that they packed, and what they make of them.
+"""GPTQ, AWQ and NVFP4 against the libraries that write them: matrices that they packed, and what they make of those.
 
 ``gptq-awq.safetensors`` was made once by AutoGPTQ 0.7.1 (``qlinear_cuda``: ``pack`` and the product with a unit matrix)
 and AutoAWQ 0.2.9 (``dequantize_gemm``) on the CPU. AutoGPTQ's product of 8 bits overflows there, so of those it has the
-weights that went in.
+weights that went in. ``nvfp4.safetensors`` was made once by compressed-tensors 0.20.0 (``NVFP4PackedCompressor``) and
+NVIDIA's modelopt 0.47.0 (``NVFP4QTensor``), both with their own decoders, from bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -14,21 +15,28 @@ import torch
 from safetensors.torch import load_file
 
 from offload.checkpoint.formats.awq import AwqMethod
+from offload.checkpoint.formats.compressed import CompressedMethod
 from offload.checkpoint.formats.gptq import GptqMethod
 from offload.checkpoint.formats.method import Method
+from offload.checkpoint.formats.modelopt import ModelOptMethod
 from offload.checkpoint.formats.packed import Entry
 
-TENSORS = load_file(Path(__file__).parents[1] / "data" / "gptq-awq.safetensors")
+DATA = Path(__file__).parents[1] / "data"
+TENSORS = load_file(DATA / "gptq-awq.safetensors")
+NVFP4 = load_file(DATA / "nvfp4.safetensors")
 
 
-def decoded(name: str, method: Method, tensors: dict[str, torch.Tensor] = TENSORS) -> torch.Tensor:
+def decoded(
+    name: str, method: Method, tensors: dict[str, torch.Tensor] = TENSORS, dtype: torch.dtype = torch.float16
+) -> torch.Tensor:
     """The weights [outputs, inputs] of the packed tensor ``name``, found as in a checkpoint."""
     entries = {
         key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items() if key.startswith(f"{name}.")
     }
     found = method.find(entries, tensors.__getitem__)[f"{name}.weight"]
-    out = torch.empty(found.layout.shape, dtype=torch.float16)
-    found.layout.decode(tuple(tensors[key] for key in found.keys), out)
+    out = torch.empty(found.layout.shape, dtype=dtype)
+    parts = (tensors[key].reshape(part.shape) for key, part in zip(found.keys, found.layout.parts, strict=True))
+    found.layout.decode(tuple(parts), out)
     return out
 
 
@@ -61,3 +69,16 @@ def test_a_gptq_zero_point_does_not_touch_its_neighbour() -> None:
 
 def test_awq() -> None:
     assert torch.equal(decoded("awq", AwqMethod({"bits": 4})), TENSORS["awq.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("modelopt", ModelOptMethod({"quant_algo": "NVFP4"})),
+        ("compressed", CompressedMethod({"format": "nvfp4-pack-quantized"})),
+    ],
+)
+def test_nvfp4(name: str, method: Method) -> None:
+    found = decoded(name, method, NVFP4, torch.bfloat16)
+    assert torch.equal(found, NVFP4[f"{name}.back"])
+    assert not torch.equal(found, torch.zeros_like(found))

@@ -83,7 +83,18 @@ GROUP = {"group_0": {"weights": {"num_bits": 3, "type": "int"}}}
     ("quantisation", "line"),
     [
         ({"quant_method": "exl3", "bits": 4}, "not supported (exl3); these are: fp8, mxfp4, compressed-tensors, gptq"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "(modelopt NVFP4); these are"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
+            "the modelopt quant_algo 'W4A8_AWQ' is not supported; these are: NVFP4, W4A16_NVFP4, FP8, MXFP8,",
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"model.layers.0.mlp.experts": {"quant_algo": "NVFP4_SVDQUANT"}},
+            },
+            "the modelopt quant_algo 'NVFP4_SVDQUANT' is not supported; these are: ",
+        ),
         ({"bits": 4, "group_size": 64}, "(MLX, 4 bits); these are: "),
         ({"something": 4}, "(no quant_method is named); these are: "),
         ({"quant_method": "gptq", "bits": 3}, "GPTQ weights of 3 bits are not supported; 4 or 8 are" + ANOTHER),
@@ -96,9 +107,9 @@ GROUP = {"group_0": {"weights": {"num_bits": 3, "type": "int"}}}
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in version 'gemv' are not supported"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes weights of 8 bits are not supported"),
         (
-            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-            "'nvfp4-pack-quantized' is not supported; these are: pack-quantized, float-quantized, naive-quantized"
-            + ANOTHER,
+            {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"},
+            "'mxfp4-pack-quantized' is not supported; these are: pack-quantized, float-quantized, naive-quantized, "
+            "nvfp4-pack-quantized" + ANOTHER,
         ),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "'int-quantized' is not supported"),
         (
@@ -116,8 +127,8 @@ def test_quantisations_that_are_named_elsewhere(tmp_path: Path) -> None:
     config_of(tmp_path, QWEN | {"quantization": {"bits": 4, "group_size": 64, "mode": "affine"}})
     assert "(MLX, 4 bits)" in refused(tmp_path, False)
     config_of(tmp_path, QWEN)
-    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    assert "(modelopt NVFP4)" in refused(tmp_path, False)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "INT4_AWQ"}}))
+    assert "the modelopt quant_algo 'INT4_AWQ'" in refused(tmp_path, False)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +136,8 @@ def test_quantisations_that_are_named_elsewhere(tmp_path: Path) -> None:
     [
         {"quant_method": "fp8", "activation_scheme": "static"},
         {"quant_method": "gptq", "bits": 4, "desc_act": True},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
         {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
             "group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
         }},
@@ -133,6 +146,13 @@ def test_quantisations_that_are_named_elsewhere(tmp_path: Path) -> None:
 def test_quantisations_that_sound_unusual_are_taken(quantisation: dict[str, Any], tmp_path: Path) -> None:
     source = open_source(config_of(tmp_path, QWEN | {"quantization_config": quantisation}), weights=False)
     assert source.method is not None and source.method.name == quantisation["quant_method"]
+
+
+def test_a_quantisation_in_a_file_of_its_own_is_taken(tmp_path: Path) -> None:
+    config_of(tmp_path, QWEN)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    source = open_source(tmp_path, weights=False)
+    assert source.method is not None and source.method.name == "modelopt"
 
 
 CONFIG = {"config.json": json.dumps(QWEN)}
@@ -183,10 +203,12 @@ def test_the_package_for_gguf_is_named(beside: bool, tmp_path: Path, monkeypatch
     assert line == f"{pair.published}: GGUF files need the gguf package: pip install gguf"
 
 
-@pytest.mark.parametrize("module", ["compressed_tensors", "bitsandbytes", "auto_gptq", "gptqmodel", "awq", "kernels"])
+@pytest.mark.parametrize(
+    "module", ["compressed_tensors", "bitsandbytes", "auto_gptq", "gptqmodel", "awq", "modelopt", "kernels"]
+)
 def test_published_formats_need_no_package(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    for method in ("compressed-tensors", "gptq", "awq", "fp8", "mxfp4"):
+    for method in ("compressed-tensors", "gptq", "awq", "fp8", "mxfp4", "modelopt"):
         source = open_source(
             config_of(tmp_path, QWEN | {"quantization_config": {"quant_method": method}}), weights=False
         )

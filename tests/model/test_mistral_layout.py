@@ -23,7 +23,7 @@ from tests.tiny_models import reference_logits
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-@pytest.mark.parametrize("scales", [None, "tensor", "block"])
+@pytest.mark.parametrize("scales", [None, "tensor", "block", "16"])
 def test_logits_are_those_of_the_twin(scales: str | None, device: str, tmp_path: Path) -> None:
     pair = build_mistral(tmp_path, scales)
     settings = {"residency": SMALLEST if device == "cpu" else 0.5, "kernels": "torch"}
@@ -103,7 +103,7 @@ def test_the_published_sizes_are_planned(tmp_path: Path) -> None:
         ({"qk_nope_head_dim": None}, r"without latent attention, such as Mixtral, is not read in Mistral's own layout"),
         ({"sliding_window": 64}, r"asks for more than transformers' mistral4 does"),
         ({"quantization": {"qformat_weight": "int3"}}, r"its quantisation \(int3\) is not supported; fp8_e4m3 is"),
-        ({"quantization": {"quant_method": "COMPRESSED_TENSORS", "format": "nvfp4-pack-quantized"}}, "nvfp4"),
+        ({"quantization": {"quant_method": "COMPRESSED_TENSORS", "format": "int-quantized"}}, "int-quantized"),
         ({"yarn": None}, r"params.json is damaged"),
         ({"dim": None}, r"params.json is damaged"),
     ],

@@ -1,10 +1,11 @@
-"""compressed-tensors: Kimi K2 Thinking (int4 in groups of 32), and FP8 with a scale for each row.
+"""compressed-tensors: Kimi K2 Thinking (int4 in groups of 32), FP8 with a scale for each row, and NVFP4.
 
 ``pack-quantized``: ``X.weight_packed``, int32 [outputs, inputs * bits / 32], holds codes that are 2^(bits - 1) above
 their value, the first in the lowest bits; ``X.weight_scale`` [outputs, groups] has a scale for each group of inputs.
 Asymmetric ones also have ``X.weight_zero_point``, packed along the outputs, those with reordered groups
 ``X.weight_g_idx``. A weight is (code - zero) * scale, rounded to the scales' dtype. ``float-quantized``: as
-``fp8.py``, with ``X.weight_scale``. Source: the compressed-tensors repository (``compressors``, ``lifecycle``).
+``fp8.py``, with ``X.weight_scale``. ``nvfp4-pack-quantized``: ``nvfp4.py``. Source: the compressed-tensors repository
+(``compressors``, ``lifecycle``).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import torch
 
 from offload.checkpoint.formats.fp8 import Fp8Method
 from offload.checkpoint.formats.method import ANOTHER, Method, Read
+from offload.checkpoint.formats.nvfp4 import Nvfp4Layout, find_nvfp4, without_parts
 from offload.checkpoint.formats.packed import Entries, PackedLayout, PackedTensor, Part
 from offload.checkpoint.formats.unpacking import unpack_columns, unpack_rows
 from offload.errors import ModelError
 
-_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized")
+_NVFP4 = "nvfp4-pack-quantized"
+_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", _NVFP4)
 _BITS = (4, 8)
 
 
@@ -94,11 +97,14 @@ class CompressedMethod(Method):
                 f"are, the same for all weights; {ANOTHER}"
             )
         self._bits = bits.pop() if bits else 0
+        self._nvfp4 = _NVFP4 in formats
         self._weights: Mapping[str, Any] = weights[0] if weights else {}
         self._fp8 = Fp8Method({"weight_block_size": self._weights.get("block_structure")})
 
     def find(self, entries: Entries, read: Read) -> dict[str, PackedTensor]:
-        found = self._fp8.find(entries, read)
+        found = find_nvfp4(entries, "_packed", "_global_scale", divides=1)
+        entries = without_parts(entries, found)
+        found |= self._fp8.find(entries, read)
         for key, entry in entries.items():
             name = key.removesuffix("_packed")
             if not key.endswith(".weight_packed"):
@@ -120,6 +126,8 @@ class CompressedMethod(Method):
         return found
 
     def predict(self, shape: tuple[int, int], dtype: torch.dtype, transposed: bool) -> PackedLayout | None:
+        if self._nvfp4 and not self._bits:
+            return Nvfp4Layout(shape, 1)
         if not self._bits:
             return self._fp8.predict(shape, dtype, transposed)
         group = int(self._weights.get("group_size") or shape[1])

@@ -12,17 +12,28 @@ from offload.checkpoint.formats.fp8 import Fp8Layout, Fp8Method
 from offload.checkpoint.formats.gguf import GgufLayout
 from offload.checkpoint.formats.gptq import GptqLayout, GptqMethod
 from offload.checkpoint.formats.method import ANOTHER, Method
+from offload.checkpoint.formats.modelopt import ModelOptMethod
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout, Mxfp4Method
+from offload.checkpoint.formats.nvfp4 import Nvfp4Layout
 from offload.checkpoint.formats.packed import PackedLayout, parse_fields
 from offload.errors import ModelError
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Fp8Method, Mxfp4Method, CompressedMethod, GptqMethod, AwqMethod, BitsAndBytesMethod)
+    for method in (Fp8Method, Mxfp4Method, CompressedMethod, GptqMethod, AwqMethod, BitsAndBytesMethod, ModelOptMethod)
 }
 LAYOUTS: dict[str, type[PackedLayout]] = {
     layout.kind: layout
-    for layout in (GgufLayout, Fp8Layout, Mxfp4Layout, CompressedLayout, GptqLayout, AwqLayout, BitsAndBytesLayout)
+    for layout in (
+        GgufLayout,
+        Fp8Layout,
+        Mxfp4Layout,
+        CompressedLayout,
+        GptqLayout,
+        AwqLayout,
+        BitsAndBytesLayout,
+        Nvfp4Layout,
+    )
 }
 
 

@@ -19,7 +19,7 @@ from offload.errors import ModelError
 GROUP = 32
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = torch.tensor([*_POSITIVE, *(-value for value in _POSITIVE)])
-_PAIRS = torch.stack([_VALUES.repeat(16), _VALUES.repeat_interleave(16)], -1)
+PAIRS = torch.stack([_VALUES.repeat(16), _VALUES.repeat_interleave(16)], -1)
 """The two weights of each byte, [256, 2]."""
 
 
@@ -45,7 +45,7 @@ class Mxfp4Layout(PackedLayout):
 
     def block(self, parts: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
         blocks, scales = (part[start:stop] for part in parts)
-        values = _PAIRS.to(blocks.device).index_select(0, blocks.reshape(-1).int()).view(*scales.shape, GROUP)
+        values = PAIRS.to(blocks.device).index_select(0, blocks.reshape(-1).int()).view(*scales.shape, GROUP)
         values *= (scales.float() - 127).exp2()[..., None]
         return values.view(len(blocks), -1)
 
