@@ -45,15 +45,13 @@ class Decoder:
             return None
         if inputs_first and len(pieces) > 1:  # one below the other, they are inputs
             return None
-        for piece in pieces:
-            if piece.layout.transposed != inputs_first or not self._kernels.takes(piece, states.dtype):
-                return None
+        if not all(self._kernels.takes(piece, states.dtype, inputs_first) for piece in pieces):
+            return None
         widths = [piece.layout.shape[int(inputs_first)] for piece in pieces]
         output = states.new_empty(len(states), sum(widths))
         states = states.contiguous()
-        for piece, part in zip(pieces, output.split(widths, dim=1), strict=True):
-            self._kernels.linear(piece, states, part)
-        return output
+        parts = zip(pieces, output.split(widths, dim=1), strict=True)
+        return output if all(self._kernels.linear(piece, states, part) for piece, part in parts) else None
 
     def decode(self, parameter: PackedParameter, dtype: torch.dtype) -> torch.Tensor:
         size, device = math.prod(parameter.shape) * dtype.itemsize, parameter.device

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from offload.checkpoint.formats.awq import AwqLayout
+from offload.checkpoint.formats.bitsandbytes import BitsAndBytesLayout
 from offload.checkpoint.formats.compressed import CompressedLayout
 from offload.checkpoint.formats.fp8 import Fp8Layout
 from offload.checkpoint.formats.gguf import GgufLayout
+from offload.checkpoint.formats.gptq import GptqLayout
 from offload.checkpoint.formats.mxfp4 import Mxfp4Layout
+from offload.checkpoint.formats.nvfp4 import Nvfp4Layout
 from offload.checkpoint.formats.packed import PackedLayout, PackedMatrix, PackedParameter
 from offload.compute.decoded import Decoder
 from offload.compute.kernels import published
@@ -29,6 +32,17 @@ LAYOUTS = [
     GgufLayout((17, 512), "Q4_K"),
     GgufLayout((17, 512), "Q5_K"),
     GgufLayout((16, 768), "Q6_K"),
+    Nvfp4Layout((50, 352), 0),
+    Nvfp4Layout((64, 96), 1),
+    GptqLayout((64, 256), 4, 2, "float16", 1, 0),
+    GptqLayout((200, 352), 4, 11, "bfloat16", 0, 0),
+    GptqLayout((72, 352), 4, 11, "float16", 1, 1),
+    GptqLayout((8, 96), 4, 1, "float16", 1, 1),
+    AwqLayout((256, 128), 32, "float16"),
+    AwqLayout((136, 672), 224, "bfloat16"),
+    AwqLayout((48, 96), 96, "float16"),
+    BitsAndBytesLayout((48, 96), 64, 0),
+    BitsAndBytesLayout((33, 288), 64, 16),
 ]
 NOT_THERE = [
     Fp8Layout((64, 96), 32, 32, "float8_e5m2", "float32"),
@@ -37,7 +51,14 @@ NOT_THERE = [
     CompressedLayout((32, 128), 4, 32, "bfloat16", 1, 0),
     CompressedLayout((30, 128), 4, 32, "float16", 0, 0),
     CompressedLayout((30, 80), 4, 32, "bfloat16", 0, 0),
-    AwqLayout((48, 96), 32, "float16"),
+    GptqLayout((64, 256), 8, 2, "float16", 1, 0),
+    GptqLayout((64, 256), 4, 2, "float32", 1, 0),
+    GptqLayout((64, 96), 4, 6, "float16", 1, 0),
+    GptqLayout((64, 40), 4, 1, "float16", 1, 0),
+    GptqLayout((64, 352), 4, 3, "float16", 1, 0),
+    AwqLayout((48, 96), 16, "float16"),
+    BitsAndBytesLayout((48, 50), 64, 0),
+    Nvfp4Layout((64, 48), 0),
     GgufLayout((16, 256), "Q3_K"),
 ]
 
@@ -62,6 +83,10 @@ def random_matrix(layout: PackedLayout) -> PackedMatrix:
         else:
             data = torch.randint(0, 256, (part.bytes,), dtype=torch.uint8, generator=random)
             data = data.clamp(max=250) if part.name == "scale" else data
+            if part.name == "order":
+                assert isinstance(layout, GptqLayout)
+                groups = torch.arange(layout.shape[1]) // -(-layout.shape[1] // layout.groups)
+                data = groups[torch.randperm(len(groups), generator=random)].int()
             parts.append(data.view(part.dtype).view(part.shape))
     return PackedMatrix(layout, tuple(parts))
 
@@ -87,7 +112,7 @@ def by_torch(matrix: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.spec} {layout.shape}")
 def test_the_same_bits(
     kernels: PublishedKernels, layout: PackedLayout, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
@@ -122,30 +147,34 @@ def product_of(
 ) -> torch.Tensor | None:
     kernels._kernels.threads = threads
     try:
-        return Decoder(kernels).product(PackedParameter((matrix,)), inputs, matrix.layout.transposed)
+        return Decoder(kernels).product(PackedParameter((matrix,)), inputs, inputs_first(matrix.layout))
     finally:
         kernels._kernels.threads = None
 
 
+def inputs_first(layout: PackedLayout) -> bool:
+    return isinstance(layout, Mxfp4Layout) and layout.transposed
+
+
 def inputs_of(layout: PackedLayout, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    inputs = layout.shape[0] if layout.transposed else layout.shape[1]
+    inputs = layout.shape[0] if inputs_first(layout) else layout.shape[1]
     return torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.spec} {layout.shape}")
 def test_products_are_those_of_the_decoded_weights(
     kernels: PublishedKernels, layout: PackedLayout, dtype: torch.dtype
 ) -> None:
     matrix = finite_matrix(layout)
     weights = by_torch(matrix, dtype).double()
-    weights = weights if layout.transposed else weights.t()
+    weights = weights if inputs_first(layout) else weights.t()
     for tokens in (1, 2, 3, 5, FEW_TOKENS):
         inputs = inputs_of(layout, tokens, dtype)
         found = product_of(kernels, matrix, inputs)
         assert found is not None and found.dtype == dtype
         terms = inputs.double().abs() @ weights.abs()  # sums of terms that cancel are no more exact than the terms
-        rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
+        rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}[dtype]
         exact = inputs.double() @ weights
         assert ((found.double() - exact).abs() <= rounding * exact.abs() + 2.0**-20 * terms).all()
 
@@ -191,18 +220,27 @@ def test_matrices_one_below_the_other_and_many_tokens(kernels: PublishedKernels)
 def test_the_rest_is_left_to_torch(kernels: PublishedKernels, layout: PackedLayout) -> None:
     matrix = random_matrix(layout)
     assert not kernels.decode(matrix, torch.empty(layout.shape, dtype=torch.bfloat16))
-    assert not kernels.takes(matrix, torch.bfloat16)
+    assert not kernels.takes(matrix, torch.bfloat16, False)
     assert Decoder(kernels).product(PackedParameter((matrix,)), torch.ones(1, 96, dtype=torch.bfloat16), False) is None
     found = Decoder(kernels).decode(PackedParameter((matrix, matrix)), torch.bfloat16)
     half = by_torch(matrix, torch.bfloat16)
     assert torch.equal(found.nan_to_num(), torch.cat([half, half]).nan_to_num())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_dtypes_are_left_to_torch(kernels: PublishedKernels, dtype: torch.dtype) -> None:
+def test_groups_of_any_size_are_left_to_torch(kernels: PublishedKernels) -> None:
+    """Which no ordering by activations writes."""
+    layout = GptqLayout((64, 96), 4, 3, "float16", 1, 1)
+    matrix = random_matrix(layout)
+    for group_of in (torch.zeros(96), torch.arange(96) % 4 - 1, torch.arange(96) % 4):
+        matrix.parts[3].copy_(group_of)
+        assert product_of(kernels, matrix, inputs_of(layout, 1, torch.bfloat16)) is None
+        assert not kernels.decode(matrix, torch.empty(layout.shape, dtype=torch.bfloat16))
+
+
+def test_other_dtypes_are_left_to_torch(kernels: PublishedKernels) -> None:
     matrix = random_matrix(LAYOUTS[0])
-    assert not kernels.takes(matrix, dtype)
-    assert not kernels.decode(matrix, torch.empty(matrix.layout.shape, dtype=dtype))
+    assert not kernels.takes(matrix, torch.float64, False)
+    assert not kernels.decode(matrix, torch.empty(matrix.layout.shape, dtype=torch.float64))
     transposed = torch.empty(matrix.layout.shape[::-1], dtype=torch.float32).t()
     assert not kernels.decode(matrix, transposed)
 

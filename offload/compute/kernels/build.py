@@ -13,7 +13,10 @@ from pathlib import Path
 
 from offload.paths import cache_folder
 
-_NAMES = ("products.c", "wide.c", "encode.c", "layers.c", "published.c", "pool.c", "pool.h", "common.h")
+_NAMES = (
+    "products.c", "wide.c", "encode.c", "layers.c", "published.c", "packed.c", "by_inputs.c", "pool.c",
+    "common.h", "weights.h", "by_inputs.h", "pool.h",
+)  # fmt: skip
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")  # what a compiler does not know of these is left out

@@ -1,127 +1,10 @@
-/* Matrices as checkpoints publish them: decoded, and multiplied with a few tokens without being written to memory.
+/* The weights of matrices as checkpoints publish them.
  *
  * A format is one function that makes the weights of a part of a row, in float32, by the same operations as the torch code
  * (offload/checkpoint/formats), and a line in MADE_AS. A weight is rounded once to the model's dtype, so decoded matrices
- * are bit for bit torch's; products multiply those same weights and add in an order of their own, the same for a row and a
- * token whatever else is in the call. The layouts: docs/formats.md.
+ * are bit for bit torch's. The layouts: docs/formats.md.
  */
-#include "common.h"
-#include "pool.h"
-
-#define PART 256 /* columns that a format makes at a time: a multiple of every block of codes */
-#define TILE 16  /* rows of a thread's piece of work */
-#define SHARED 4 /* tokens that share a pass over a decoded row */
-
-/* A matrix as its parts hold it, a row an output. block_*: what shares a scale; 0 where the format says it itself. */
-typedef struct {
-  const uint8_t *codes;
-  const void *scales;
-  int32_t format, rows, columns, block_rows, block_columns;
-} Packed;
-
-/* Writes `count` weights of a row, from the column `first` on, a multiple of PART, to `out` as `kind` says. */
-typedef void Make(const Packed *m, long row, long first, long count, void *out);
-
-/* What weights are written as. NEAR_BF16 takes the processor's own rounding to bfloat16, which makes zeros of numbers below
- * 2^-126, where it has one. */
-enum { NEAR_BF16 = 2 };
-
-INLINE float as_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-INLINE uint16_t to_bf16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  const uint32_t result = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)result;
-}
-
-INLINE void put16(void *out, const int kind, long at, f32x16 value) {
-  if (kind == F32) {
-    memcpy((float *)out + at, &value, sizeof value);
-    return;
-  }
-  uint16_t *to = (uint16_t *)out + at;
-#if defined(__AVX512BF16__)
-  if (kind == NEAR_BF16) {
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)value));
-    return;
-  }
-#endif
-  i32x16 bits;
-  memcpy(&bits, &value, sizeof bits);
-  const i32x16 number = (bits & 0x7fffffff) <= 0x7f800000;
-  bits = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & number) | (0x7fc0 & ~number);
-#if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
-#else
-  for (int i = 0; i < 16; i++) to[i] = (uint16_t)bits[i];
-#endif
-}
-
-INLINE void put(void *out, const int kind, long at, float value) {
-  if (kind == F32) ((float *)out)[at] = value;
-  else ((uint16_t *)out)[at] = to_bf16(value);
-}
-
-/* The product as it is, so that the compiler does not make one operation of it and the sum that follows. */
-INLINE f32x16 rounded(f32x16 value) {
-#if defined(__AVX512F__)
-  __asm__("" : "+v"(value));
-#else
-  __asm__("" : "+m"(value));
-#endif
-  return value;
-}
-
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-
-INLINE u8x16 bytes16(const uint8_t *from) {
-  u8x16 value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-
-INLINE f32x16 numbers16(u8x16 from) { /* below 128 */
-  uint8_t bytes[16];
-  memcpy(bytes, &from, sizeof bytes);
-  return float_of_int8(bytes);
-}
-
-INLINE f32x16 pick16(const float table[16], u8x16 index) {
-  f32x16 value;
-#if defined(__AVX512F__)
-  value = (f32x16)_mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)index), _mm512_loadu_ps(table));
-#else
-  for (int i = 0; i < 16; i++) value[i] = table[index[i]];
-#endif
-  return value;
-}
-
-/* 16 bytes, each with a low half before a high one. */
-INLINE void pairs(const uint8_t *from, u8x16 *first, u8x16 *second) {
-  const u8x16 low = bytes16(from) & 15, high = bytes16(from) >> 4;
-#if defined(__AVX2__)
-  *first = (u8x16)_mm_unpacklo_epi8((__m128i)low, (__m128i)high);
-  *second = (u8x16)_mm_unpackhi_epi8((__m128i)low, (__m128i)high);
-#else
-  for (int i = 0; i < 16; i++) {
-    (*first)[i] = i % 2 ? high[i / 2] : low[i / 2];
-    (*second)[i] = i % 2 ? high[8 + i / 2] : low[8 + i / 2];
-  }
-#endif
-}
-
-static float from_half(const uint8_t *at) {
-  uint16_t half;
-  memcpy(&half, at, 2);
-  float value = as_float((uint32_t)(half & 0x7fff) << 13) * 0x1p112f;
-  if ((half & 0x7c00) == 0x7c00) value = half & 0x3ff ? NAN : INFINITY;
-  return half & 0x8000 ? -value : value;
-}
+#include "weights.h"
 
 /* --- FP8 (e4m3): codes [rows, columns], scales float32 [ceil(rows / block_rows), ceil(columns / block_columns)] */
 
@@ -168,26 +51,37 @@ INLINE void make_mxfp4(const Packed *m, long row, long first, long count, const 
     const uint8_t exponent = exponents[c / 32];
     const float scale = exponent ? as_float((uint32_t)exponent << 23) : 0x1p-127f;
     u8x16 first_half, second_half;
-    pairs(codes + c / 2, &first_half, &second_half);
+    pairs(codes + c / 2, 0, &first_half, &second_half);
     put16(out, kind, c, pick16(FP4, first_half) * scale);
     put16(out, kind, c + 16, pick16(FP4, second_half) * scale);
+  }
+}
+
+/* --- NVFP4: codes as MXFP4's, scales e4m3 [rows, columns / 16]; more[0], float32, is for all of them: they are divided by
+ * it if `variant` is 1, else multiplied */
+
+INLINE void make_nvfp4(const Packed *m, long row, long first, long count, const int kind, void *out) {
+  const uint8_t *codes = m->codes + (row * m->columns + first) / 2;
+  uint8_t held[16] = {0};
+  memcpy(held, (const uint8_t *)m->scales + (row * m->columns + first) / 16, count / 16);
+  const f32x16 own = from_e4m3_16(held), all = all16(*(const float *)m->more[0]);
+  float scales[16];
+  const f32x16 both = m->variant ? own / all : own * all;
+  memcpy(scales, &both, sizeof both);
+  for (long c = 0; c < count; c += 32) {
+    u8x16 first_half, second_half;
+    pairs(codes + c / 2, 0, &first_half, &second_half);
+    put16(out, kind, c, pick16(FP4, first_half) * scales[c / 16]);
+    put16(out, kind, c + 16, pick16(FP4, second_half) * scales[c / 16 + 1]);
   }
 }
 
 /* --- whole numbers of 4 bits, 8 above their value: codes [rows, columns / 2], scales bfloat16 [rows, columns / block_columns];
  * products are rounded to bfloat16 */
 
-INLINE f32x16 to_bf16_and_back(f32x16 value) { /* of what is a number */
-  i32x16 bits;
-  memcpy(&bits, &value, sizeof bits);
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) & (int32_t)0xffff0000;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 INLINE f32x16 weights_of_int4(u8x16 codes, float scale, const int kind) {
   const f32x16 value = (numbers16(codes) - 8.0f) * scale;
-  return kind == F32 ? to_bf16_and_back(value) : value;
+  return kind == F32 || kind == F16 ? to_bf16_and_back(value) : value;
 }
 
 INLINE void make_int4(const Packed *m, long row, long first, long count, const int kind, void *out) {
@@ -196,13 +90,76 @@ INLINE void make_int4(const Packed *m, long row, long first, long count, const i
   for (long c = 0; c < count; c += 32) {
     const float scale = bf16_to_float(scales[(first + c) / m->block_columns]);
     u8x16 first_half, second_half;
-    pairs(codes + c / 2, &first_half, &second_half);
+    pairs(codes + c / 2, 0, &first_half, &second_half);
     put16(out, kind, c, weights_of_int4(first_half, scale, kind));
     put16(out, kind, c + 16, weights_of_int4(second_half, scale, kind));
   }
 }
 
+/* --- GPTQ and AWQ, whose codes by_inputs.c has turned: [rows, columns / 2]. Scales are float16, or bfloat16 if block_rows is 1,
+ * [columns / block_columns, rows]; more[0] has as many zero points of 4 bits, 8 in a word. Bit 8 of `variant`: they stand in
+ * AWQ's order; its low bits: what all of them lack. Weights are rounded to the scales' dtype. */
+
+/* The weights of all 16 codes of a row and a group, so that a weight is a look-up. */
+INLINE void weights_of_group(const Packed *m, long row, long group, const int kind, void *table) {
+  const long at = group * m->rows + row;
+  const uint16_t held = ((const uint16_t *)m->scales)[at];
+  const int place = m->variant & 256 ? row % 2 * 4 + row % 8 / 2 : row % 8;
+  const uint32_t word = ((const uint32_t *)m->more[0])[at / 8];
+  const float zero = (float)(((word >> 4 * place) + (m->variant & 15)) & 15);
+  f32x16 value = (f32x16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} - zero;
+  value = value * (m->block_rows ? bf16_to_float(held) : from_f16(held));
+  put16(table, kind, 0, m->block_rows ? to_bf16_and_back(value) : to_f16_and_back(value));
+}
+
+INLINE void make_tile(const Packed *m, long row, long first, long count, const int kind, void *out) {
+  const uint8_t *codes = m->codes + (row * m->columns + first) / 2;
+  for (long c = 0; c < count;) {
+    float table[16];
+    const long group = (first + c) / m->block_columns, left = (group + 1) * m->block_columns - first;
+    const long end = left < count ? left : count;
+    weights_of_group(m, row, group, kind, table);
+    for (; c < end; c += 32) {
+      u8x16 first_half, second_half;
+      pairs(codes + c / 2, 0, &first_half, &second_half);
+      pick32(table, first_half, second_half, kind, out, c);
+    }
+  }
+}
+
+/* --- bitsandbytes' NF4 and FP4: codes [rows * columns / 2], high halves first, of which each picks one of the 16 values
+ * more[0]; scales float32 for each block_columns weights, or, if `variant` is not 0, codes that pick one of the values
+ * more[2], times more[1], float32 for each `variant` of them, plus more[3][0] */
+
+INLINE float scale_of_nf4(const Packed *m, long block) {
+  if (!m->variant) return ((const float *)m->scales)[block];
+  const float value = ((const float *)m->more[2])[((const uint8_t *)m->scales)[block]];
+  return rounded1(value * ((const float *)m->more[1])[block / m->variant]) + *(const float *)m->more[3];
+}
+
+INLINE void make_nf4(const Packed *m, long row, long first, long count, const int kind, void *out) {
+  const long start = row * m->columns + first;
+  const uint8_t *codes = m->codes + start / 2;
+  for (long c = 0; c < count;) {
+    const long block = (start + c) / m->block_columns, left = (block + 1) * m->block_columns - start;
+    const long end = left < count ? left : count;
+    const float scale = scale_of_nf4(m, block);
+    for (; c < end; c += 32) {
+      u8x16 first_half, second_half;
+      pairs(codes + c / 2, 1, &first_half, &second_half);
+      put16(out, kind, c, pick16(m->more[0], first_half) * scale);
+      put16(out, kind, c + 16, pick16(m->more[0], second_half) * scale);
+    }
+  }
+}
+
 /* --- GGUF: blocks with their scales inside, as ggml-common.h has them */
+
+static float half_at(const uint8_t *at) {
+  uint16_t half;
+  memcpy(&half, at, 2);
+  return from_f16(half);
+}
 
 INLINE const uint8_t *blocks_at(const Packed *m, long row, long first, int weights, int bytes) {
   return m->codes + (row * m->columns + first) / weights * bytes;
@@ -212,7 +169,7 @@ INLINE void make_q4_0(const Packed *m, long row, long first, long count, const i
   const uint8_t *block = blocks_at(m, row, first, 32, 18);
   for (long c = 0; c < count; c += 32, block += 18) {
     const u8x16 codes = bytes16(block + 2);
-    const float scale = from_half(block);
+    const float scale = half_at(block);
     put16(out, kind, c, (numbers16(codes & 15) - 8.0f) * scale);
     put16(out, kind, c + 16, (numbers16(codes >> 4) - 8.0f) * scale);
   }
@@ -221,7 +178,7 @@ INLINE void make_q4_0(const Packed *m, long row, long first, long count, const i
 INLINE void make_q8_0(const Packed *m, long row, long first, long count, const int kind, void *out) {
   const uint8_t *block = blocks_at(m, row, first, 32, 34);
   for (long c = 0; c < count; c += 32, block += 34) {
-    const float scale = from_half(block);
+    const float scale = half_at(block);
     put16(out, kind, c, float_of_int8(block + 2) * scale);
     put16(out, kind, c + 16, float_of_int8(block + 18) * scale);
   }
@@ -240,7 +197,7 @@ INLINE void six_bits(const uint8_t *data, int g, int *scale, int *low) {
 
 /* Two groups of 32 whose codes share bytes. `high` is what holds the fifth bits of Q5_K, else NULL. */
 INLINE void make_k(const uint8_t *block, const uint8_t *high, const uint8_t *codes, int g, const int kind, void *out, long at) {
-  const float d = from_half(block), dmin = from_half(block + 2);
+  const float d = half_at(block), dmin = half_at(block + 2);
   float times[2], less[2];
   for (int i = 0; i < 2; i++) {
     int scale, low;
@@ -281,7 +238,7 @@ INLINE f32x16 codes_of_six_bits(const uint8_t *low, const uint8_t *high, const i
 INLINE void make_q6_k(const Packed *m, long row, long first, long count, const int kind, void *out) {
   const uint8_t *block = blocks_at(m, row, first, 256, 210);
   for (long c = 0; c < count; c += 256, block += 210) {
-    const float d = from_half(block + 208);
+    const float d = half_at(block + 208);
     for (int half = 0; half < 2; half++)
       for (int at = 0; at < 32; at += 16) {
         const uint8_t *low = block + half * 64 + at, *high = block + 128 + half * 32 + at;
@@ -308,168 +265,17 @@ INLINE void make_q6_k(const Packed *m, long row, long first, long count, const i
   ONE(make_q4_k, kind) \
   ONE(make_q5_k, kind) \
   ONE(make_q6_k, kind) \
+  ONE(make_nvfp4, kind) \
+  ONE(make_tile, kind) \
+  ONE(make_nf4, kind) \
   static Make *const AS_##kind[] = {make_fp8_as_##kind,  make_mxfp4_as_##kind, make_int4_as_##kind, make_q4_0_as_##kind, \
-                                    make_q8_0_as_##kind, make_q4_k_as_##kind,  make_q5_k_as_##kind, make_q6_k_as_##kind};
+                                    make_q8_0_as_##kind, make_q4_k_as_##kind,  make_q5_k_as_##kind, make_q6_k_as_##kind, \
+                                    make_nvfp4_as_##kind, make_tile_as_##kind, make_tile_as_##kind, make_nf4_as_##kind};
 MADE_AS(F32)
 MADE_AS(BF16)
 MADE_AS(NEAR_BF16)
+MADE_AS(F16)
 
-static Make *const *const FORMATS[] = {AS_F32, AS_BF16, AS_NEAR_BF16};
+static Make *const *const FORMATS[] = {AS_F32, AS_BF16, AS_NEAR_BF16, AS_F16};
 
-/* --- decoding */
-
-static void decode_row(const Packed *m, long row, void *out, int kind) {
-  const size_t size = kind == F32 ? 4 : 2;
-  for (long c = 0; c < m->columns; c += PART) {
-    const long count = m->columns - c < PART ? m->columns - c : PART;
-    FORMATS[kind][m->format](m, row, c, count, (char *)out + size * c);
-  }
-}
-
-typedef struct {
-  const Packed *m;
-  void *out;
-  int dtype, transposed;
-} Decoding;
-
-static void decode_part(void *context, int part) {
-  const Decoding *d = context;
-  const Packed *m = d->m;
-  const long first = (long)part * TILE, count = m->rows - first < TILE ? m->rows - first : TILE;
-  const size_t size = d->dtype == F32 ? 4 : 2;
-  if (!d->transposed) {
-    for (long r = first; r < first + count; r++) decode_row(m, r, (char *)d->out + size * r * m->columns, d->dtype);
-    return;
-  }
-  float values[TILE][PART] __attribute__((aligned(64)));
-  for (long c = 0; c < m->columns; c += PART) {
-    const long width = m->columns - c < PART ? m->columns - c : PART;
-    for (long r = 0; r < count; r++) FORMATS[F32][m->format](m, first + r, c, width, values[r]);
-    for (long i = 0; i < width; i++) {
-      const size_t at = (size_t)(c + i) * m->rows + first;
-      if (d->dtype == F32)
-        for (long r = 0; r < count; r++) ((float *)d->out)[at + r] = values[r][i];
-      else
-        for (long r = 0; r < count; r++) ((uint16_t *)d->out)[at + r] = to_bf16(values[r][i]);
-    }
-  }
-}
-
-/* The weights into out [rows, columns], or its transpose. */
-void rl_packed_decode(const Packed *m, void *out, int dtype, int transposed, int threads) {
-  Decoding decoding = {m, out, dtype, transposed};
-  pool_run(threads, (m->rows + TILE - 1) / TILE, decode_part, &decoding);
-}
-
-/* --- products */
-
-/* Sums of a decoded row with T tokens, 32 columns at a time, each 16 lanes in two sums. */
-INLINE void dots_f32(const int T, const float *row, const float *const *x, long columns, float *sums) {
-  f32x16 acc[SHARED][2] = {0};
-  long c = 0;
-  for (; c + 32 <= columns; c += 32) {
-    const f32x16 a = load16(row + c), b = load16(row + c + 16);
-    UNROLL
-    for (int t = 0; t < T; t++) {
-      acc[t][0] += a * load16(x[t] + c);
-      acc[t][1] += b * load16(x[t] + c + 16);
-    }
-  }
-  for (int t = 0; t < T; t++) {
-    sums[t] = total16(acc[t][0] + acc[t][1]);
-    for (long i = c; i < columns; i++) sums[t] += row[i] * x[t][i];
-  }
-}
-
-INLINE void dots_bf16(const int T, const uint16_t *row, const uint16_t *const *x, long columns, float *sums) {
-  f32x16 acc[SHARED][2] = {0};
-  long c = 0;
-#if defined(__AVX512BF16__)
-  for (; c + 64 <= columns; c += 64) {
-    const __m512i a = _mm512_loadu_si512(row + c), b = _mm512_loadu_si512(row + c + 32);
-    UNROLL
-    for (int t = 0; t < T; t++) {
-      acc[t][0] = (f32x16)_mm512_dpbf16_ps((__m512)acc[t][0], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x[t] + c));
-      acc[t][1] = (f32x16)_mm512_dpbf16_ps((__m512)acc[t][1], (__m512bh)b, (__m512bh)_mm512_loadu_si512(x[t] + c + 32));
-    }
-  }
-#else
-  for (; c + 32 <= columns; c += 32) { /* the even columns of 16 pairs, and the odd ones */
-    i32x16 both, other;
-    f32x16 even, odd, x_even, x_odd;
-    memcpy(&both, row + c, sizeof both);
-    other = both << 16;
-    both &= (int32_t)0xffff0000;
-    memcpy(&even, &other, sizeof even);
-    memcpy(&odd, &both, sizeof odd);
-    UNROLL
-    for (int t = 0; t < T; t++) {
-      memcpy(&both, x[t] + c, sizeof both);
-      other = both << 16;
-      both &= (int32_t)0xffff0000;
-      memcpy(&x_even, &other, sizeof x_even);
-      memcpy(&x_odd, &both, sizeof x_odd);
-      acc[t][0] += even * x_even;
-      acc[t][1] += odd * x_odd;
-    }
-  }
-#endif
-  for (int t = 0; t < T; t++) {
-    sums[t] = total16(acc[t][0] + acc[t][1]);
-    for (long i = c; i < columns; i++) sums[t] += bf16_to_float(row[i]) * bf16_to_float(x[t][i]);
-  }
-}
-
-static void dots(int tokens, int dtype, const void *row, const void *const *x, long columns, float *sums) {
-  if (dtype == F32) {
-    const float *const *from = (const float *const *)x;
-    if (tokens == 1) dots_f32(1, row, from, columns, sums);
-    else if (tokens == 2) dots_f32(2, row, from, columns, sums);
-    else dots_f32(SHARED, row, from, columns, sums);
-  } else {
-    const uint16_t *const *from = (const uint16_t *const *)x;
-    if (tokens == 1) dots_bf16(1, row, from, columns, sums);
-    else if (tokens == 2) dots_bf16(2, row, from, columns, sums);
-    else dots_bf16(SHARED, row, from, columns, sums);
-  }
-}
-
-static __thread Scratch decoded_row;
-
-typedef struct {
-  const Packed *m;
-  const char *x; /* [tokens, columns] */
-  char *out;     /* [tokens, stride], whose first values of each token are written */
-  long tokens, stride;
-  int dtype, failed;
-} Product;
-
-static void product_part(void *context, int part) {
-  Product *p = context;
-  const Packed *m = p->m;
-  const size_t size = p->dtype == F32 ? 4 : 2;
-  void *row = scratch(&decoded_row, size * m->columns);
-  if (!row) {
-    __atomic_store_n(&p->failed, 1, __ATOMIC_RELAXED);
-    return;
-  }
-  const long first = (long)part * TILE, last = first + TILE < m->rows ? first + TILE : m->rows;
-  for (long r = first; r < last; r++) {
-    decode_row(m, r, row, p->dtype == F32 ? F32 : NEAR_BF16);
-    for (long t = 0; t < p->tokens; t += SHARED) {
-      const int some = p->tokens - t < SHARED ? (int)(p->tokens - t) : SHARED;
-      const void *x[SHARED];
-      float sums[SHARED];
-      for (int i = 0; i < SHARED; i++) x[i] = p->x + size * m->columns * (t + (i < some ? i : 0));
-      dots(some, p->dtype, row, x, m->columns, sums);
-      for (int i = 0; i < some; i++) put(p->out, p->dtype, (t + i) * p->stride + r, sums[i]);
-    }
-  }
-}
-
-/* out[t][r] = weights[r] . x[t]; x and out are of one dtype. Returns 1 without memory for a row. */
-int rl_packed_linear(const Packed *m, const void *x, int tokens, void *out, int stride, int dtype, int threads) {
-  Product product = {m, x, out, tokens, stride, dtype, 0};
-  pool_run(threads, (m->rows + TILE - 1) / TILE, product_part, &product);
-  return product.failed;
-}
+Make *maker_of(int format, int kind) { return FORMATS[kind][format]; }
