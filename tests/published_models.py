@@ -357,6 +357,9 @@ FORMATS = {
         "deepseek_v3", partial(nvfp4_beside_fp8, divides=True), compressed_nvfp4_config()
     ),
     "compressed int4": Format("deepseek_v3", compressed, compressed_config()),
+    "compressed int4, zero points": Format(
+        "qwen3_moe", partial(compressed, symmetric=False), compressed_config(symmetric=False)
+    ),
     "compressed int8, zero points": Format(
         "qwen3_moe", partial(compressed, bits=8, symmetric=False), compressed_config(8, symmetric=False)
     ),

@@ -40,6 +40,7 @@ def layouts(rows: int, columns: int) -> dict[str, PackedLayout]:
         "MXFP4": Mxfp4Layout((columns, rows), 1),
         "NVFP4": Nvfp4Layout((rows, columns), 0),
         "compressed int4, groups of 32": CompressedLayout((rows, columns), 4, 32, "bfloat16", 0, 0),
+        "compressed int4, zero points": CompressedLayout((rows, columns), 4, 32, "bfloat16", 1, 0),
         "GPTQ, groups of 128": GptqLayout((rows, columns), 4, columns // 128, "float16", 1, 0),
         "GPTQ, groups by activation": GptqLayout((rows, columns), 4, columns // 128, "float16", 1, 1),
         "AWQ, groups of 128": AwqLayout((rows, columns), 128, "float16"),

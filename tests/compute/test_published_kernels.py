@@ -27,6 +27,9 @@ LAYOUTS = [
     CompressedLayout((30, 128), 4, 32, "bfloat16", 0, 0),
     CompressedLayout((7, 256), 4, 128, "bfloat16", 0, 0),
     CompressedLayout((18, 1152), 4, 32, "bfloat16", 0, 0),
+    CompressedLayout((37, 256), 4, 128, "bfloat16", 1, 0),
+    CompressedLayout((30, 352), 4, 32, "float16", 0, 0),
+    CompressedLayout((16, 96), 4, 96, "float16", 1, 0),
     GgufLayout((33, 96), "Q4_0"),
     GgufLayout((20, 352), "Q8_0"),
     GgufLayout((17, 512), "Q4_K"),
@@ -48,8 +51,8 @@ NOT_THERE = [
     Fp8Layout((64, 96), 32, 32, "float8_e5m2", "float32"),
     Fp8Layout((64, 96), 32, 32, "float8_e4m3fn", "uint8"),
     CompressedLayout((30, 128), 8, 32, "bfloat16", 0, 0),
-    CompressedLayout((32, 128), 4, 32, "bfloat16", 1, 0),
-    CompressedLayout((30, 128), 4, 32, "float16", 0, 0),
+    CompressedLayout((32, 128), 4, 32, "bfloat16", 1, 1),
+    CompressedLayout((30, 128), 4, 32, "float32", 0, 0),
     CompressedLayout((30, 80), 4, 32, "bfloat16", 0, 0),
     GptqLayout((64, 256), 8, 2, "float16", 1, 0),
     GptqLayout((64, 256), 4, 2, "float32", 1, 0),
@@ -84,9 +87,10 @@ def random_matrix(layout: PackedLayout) -> PackedMatrix:
             data = torch.randint(0, 256, (part.bytes,), dtype=torch.uint8, generator=random)
             data = data.clamp(max=250) if part.name == "scale" else data
             if part.name == "order":
-                assert isinstance(layout, GptqLayout)
-                groups = torch.arange(layout.shape[1]) // -(-layout.shape[1] // layout.groups)
-                data = groups[torch.randperm(len(groups), generator=random)].int()
+                assert isinstance(layout, GptqLayout | CompressedLayout)
+                inputs = layout.shape[1]
+                group = layout.group if isinstance(layout, CompressedLayout) else inputs // layout.groups
+                data = (torch.randperm(inputs, generator=random) // group).int()
             parts.append(data.view(part.dtype).view(part.shape))
     return PackedMatrix(layout, tuple(parts))
 

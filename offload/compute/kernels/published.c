@@ -96,23 +96,30 @@ INLINE void make_int4(const Packed *m, long row, long first, long count, const i
   }
 }
 
-/* --- GPTQ and AWQ, whose codes by_inputs.c has turned: [rows, columns / 2]. Scales are float16, or bfloat16 if block_rows is 1,
- * [columns / block_columns, rows]; more[0] has as many zero points of 4 bits, 8 in a word. Bit 8 of `variant`: they stand in
- * AWQ's order; its low bits: what all of them lack. Weights are rounded to the scales' dtype. */
+/* --- whole numbers of 4 bits with zero points, or scales in float16: codes [rows, columns / 2], of GPTQ and AWQ as by_inputs.c
+ * has turned them. Scales are float16, or bfloat16 if block_rows is 1, for each group of block_columns and each row, more[0]
+ * has as many zero points of 4 bits, in words along the rows; NULL: all are 8. `variant`: BY_ROWS, scales and words stand
+ * [rows, groups], else [groups, rows]; IN_AWQ_ORDER, the zero points of a word; its low bits: what all zero points lack.
+ * Weights are rounded to the scales' dtype. */
+
+enum { IN_AWQ_ORDER = 256, BY_ROWS = 512 };
 
 /* The weights of all 16 codes of a row and a group, so that a weight is a look-up. */
 INLINE void weights_of_group(const Packed *m, long row, long group, const int kind, void *table) {
-  const long at = group * m->rows + row;
-  const uint16_t held = ((const uint16_t *)m->scales)[at];
-  const int place = m->variant & 256 ? row % 2 * 4 + row % 8 / 2 : row % 8;
-  const uint32_t word = ((const uint32_t *)m->more[0])[at / 8];
-  const float zero = (float)(((word >> 4 * place) + (m->variant & 15)) & 15);
+  const long groups = m->columns / m->block_columns, by_rows = m->variant & BY_ROWS;
+  const uint16_t held = ((const uint16_t *)m->scales)[by_rows ? row * groups + group : group * m->rows + row];
+  float zero = 8.0f;
+  if (m->more[0]) {
+    const long at = by_rows ? row / 8 * groups + group : (group * m->rows + row) / 8;
+    const int place = m->variant & IN_AWQ_ORDER ? row % 2 * 4 + row % 8 / 2 : row % 8;
+    zero = (float)(((((const uint32_t *)m->more[0])[at] >> 4 * place) + (m->variant & 15)) & 15);
+  }
   f32x16 value = (f32x16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} - zero;
   value = value * (m->block_rows ? bf16_to_float(held) : from_f16(held));
   put16(table, kind, 0, m->block_rows ? to_bf16_and_back(value) : to_f16_and_back(value));
 }
 
-INLINE void make_tile(const Packed *m, long row, long first, long count, const int kind, void *out) {
+INLINE void make_grouped(const Packed *m, long row, long first, long count, const int kind, void *out) {
   const uint8_t *codes = m->codes + (row * m->columns + first) / 2;
   for (long c = 0; c < count;) {
     float table[16];
@@ -266,11 +273,12 @@ INLINE void make_q6_k(const Packed *m, long row, long first, long count, const i
   ONE(make_q5_k, kind) \
   ONE(make_q6_k, kind) \
   ONE(make_nvfp4, kind) \
-  ONE(make_tile, kind) \
+  ONE(make_grouped, kind) \
   ONE(make_nf4, kind) \
   static Make *const AS_##kind[] = {make_fp8_as_##kind,  make_mxfp4_as_##kind, make_int4_as_##kind, make_q4_0_as_##kind, \
                                     make_q8_0_as_##kind, make_q4_k_as_##kind,  make_q5_k_as_##kind, make_q6_k_as_##kind, \
-                                    make_nvfp4_as_##kind, make_tile_as_##kind, make_tile_as_##kind, make_nf4_as_##kind};
+                                    make_nvfp4_as_##kind, make_grouped_as_##kind, make_grouped_as_##kind, make_nf4_as_##kind, \
+                                    make_grouped_as_##kind};
 MADE_AS(F32)
 MADE_AS(BF16)
 MADE_AS(NEAR_BF16)

@@ -25,12 +25,13 @@ from offload.compute.kernels import Kernels, load_kernels
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}
 _SMALL = 2**16  # weights that are not worth a second thread
 _FP8, _MXFP4, _INT4, _GGUF = 0, 1, 2, {"Q4_0": 3, "Q8_0": 4, "Q4_K": 5, "Q5_K": 6, "Q6_K": 7}
-_NVFP4, _GPTQ, _AWQ, _NF4 = 8, 9, 10, 11
+_NVFP4, _GPTQ, _AWQ, _NF4, _GROUPED = 8, 9, 10, 11, 12
 """Places in the kernels' list of formats."""
 
 _RUN = 32
 """Inputs that the kernels take at a time: of a row, and of a group where there are groups."""
-_AWQ_ORDER = 256
+_AWQ_ORDER, _BY_ROWS = 256, 512
+_SCALES = ("float16", "bfloat16")
 _DONE, _NO_MEMORY = 0, 1
 
 FEW_TOKENS = 8
@@ -158,11 +159,15 @@ def _nvfp4(matrix: PackedMatrix) -> _Parts | None:
 def _int4(matrix: PackedMatrix) -> _Parts | None:
     layout = matrix.layout
     assert isinstance(layout, CompressedLayout)
-    plain = layout.bits == 4 and layout.scale == "bfloat16" and not layout.zero and not layout.order
-    if not plain or layout.group % _RUN or layout.shape[1] % layout.group:
+    if layout.bits != 4 or layout.order or layout.group % _RUN or layout.shape[1] % layout.group:
         return None
-    codes, scale = matrix.parts
-    return _Parts(_INT4, layout.shape, codes, scale, (1, layout.group))
+    codes, scale, *zero = matrix.parts
+    if layout.scale == "bfloat16" and not zero:
+        return _Parts(_INT4, layout.shape, codes, scale, (1, layout.group))
+    if layout.scale not in _SCALES:
+        return None
+    blocks = int(layout.scale == "bfloat16"), layout.group
+    return _Parts(_GROUPED, layout.shape, codes, scale, blocks, tuple(zero), _BY_ROWS)
 
 
 def _gptq(matrix: PackedMatrix) -> _Parts | None:
@@ -181,7 +186,7 @@ def _awq(matrix: PackedMatrix) -> _Parts | None:
 
 def _by_inputs(number: int, matrix: PackedMatrix, scale: str, group: int, variant: int) -> _Parts | None:
     shape = matrix.layout.shape
-    if scale not in ("float16", "bfloat16") or group % _RUN or shape[0] % 8:
+    if scale not in _SCALES or group % _RUN or shape[0] % 8:
         return None
     codes, scales, *more = matrix.parts
     return _Parts(number, shape, codes, scales, (int(scale == "bfloat16"), group), tuple(more), variant)
