@@ -13,10 +13,10 @@ enum { DONE = 0, NO_MEMORY = 1, NOT_KNOWN = 2 };
 
 static __thread Scratch tile_codes, decoded_row, orders, own_inputs;
 
-/* Rows of a piece of work. Where a matrix is held by its inputs, as many as share a line of memory (AWQ) or more, unless there
- * are too few pieces for the threads then. */
+/* Rows of a piece of work. Where a matrix is held by its inputs, as many as share a line of memory in AWQ, unless there are too
+ * few pieces for the threads then. */
 static long tile_of(const Packed *m, int threads) {
-  long tile = m->format == AWQ ? 128 : m->format == GPTQ ? 64 : TILE;
+  long tile = by_inputs(m) ? 128 : TILE;
   while (tile > TILE && m->rows < 2 * tile * threads) tile /= 2;
   return tile;
 }
