@@ -53,6 +53,18 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Prompt(ctypes.Structure):
+    """The queries of many tokens, the keys and values that they look at, and where the results go."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")),
+        *((name, ctypes.c_int64) for name in ("query_head", "query_step", "key_head", "key_step")),
+        *((name, ctypes.c_int64) for name in ("value_head", "value_step")),
+        *((name, ctypes.c_int32) for name in ("heads", "shared", "tokens", "keys", "width", "value_width", "window")),
+        ("scale", ctypes.c_float),
+    ]
+
+
 HEAD_STEP, MOST_HEAD_WIDTH = 16, 512
 """What the attention kernel takes: heads whose width is a multiple of the first, at most the second."""
 
@@ -77,6 +89,7 @@ class Kernels:
         self._encode = library.rl_encode
         self._rms_norm = library.rl_rms_norm
         self._attend = library.rl_attend
+        self._attend_prompt = library.rl_attend_prompt
         pointer, number = ctypes.c_void_p, ctypes.c_int32
         self._linear.argtypes = [pointer, number, pointer, pointer, number, pointer, number, pointer, number, number]
         self._experts.argtypes = [pointer, number, pointer, pointer, number, number, pointer, number, pointer, number]
@@ -87,10 +100,13 @@ class Kernels:
         self._encode.argtypes = [pointer, pointer, number, pointer, pointer, pointer, number]
         self._rms_norm.argtypes = [number, number, pointer, pointer, number, ctypes.c_float, number, pointer, number]
         self._attend.argtypes = [pointer, pointer, number]
+        self._attend_prompt.argtypes = [pointer, number]
         self.threads: int | None = None
         self.integer_dot = bool(library.rl_integer_dot())
         """Whether the processor has integer dot products, and so there are products for many tokens, of bfloat16
         inputs."""
+        self.prompts = bool(library.rl_prompts())
+        """Whether there is :meth:`attend_prompt`."""
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
@@ -297,6 +313,33 @@ class Kernels:
             scale,
         )
         _check(self._attend(ctypes.byref(what), output.data_ptr(), self._threads()))
+
+    def attend_prompt(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Causal attention of many tokens, the last of all keys, into ``output`` [tokens, heads, value width].
+
+        ``query`` is [heads, tokens, width], ``key`` and ``value`` as in :meth:`attend`; all are bfloat16. With a
+        ``window`` a token sees so many positions, its own included. See :attr:`prompts`.
+        """
+        what = Prompt(
+            *(states.data_ptr() for states in (query, key, value, output)),
+            *(distance for states in (query, key, value) for distance in states.stride()[:2]),
+            query.shape[0],
+            *key.shape[:1],
+            query.shape[1],
+            *key.shape[1:],
+            value.shape[2],
+            window or 0,
+            scale,
+        )
+        _check(self._attend_prompt(ctypes.byref(what), self._threads()))
 
 
 def _check(status: int) -> None:

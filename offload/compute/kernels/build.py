@@ -14,7 +14,8 @@ from pathlib import Path
 from offload.paths import cache_folder
 
 _NAMES = (
-    "products.c", "wide.c", "encode.c", "layers.c", "published.c", "packed.c", "by_inputs.c", "pool.c",
+    "products.c", "wide.c", "encode.c", "layers.c", "attention.c", "published.c", "packed.c",
+    "by_inputs.c", "pool.c",
     "common.h", "weights.h", "by_inputs.h", "pool.h",
 )  # fmt: skip
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
