@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from cache.policies import PolicyContext, PolicyError, make_policy
 from cache.trace import TraceRecorder
 from offload.changes import apply_changes
 from offload.checkpoint.expert_file import ExpertFile
+from offload.compute.threads import TorchThreads
 from offload.config import EngineSettings, SamplingSettings
 from offload.errors import Cancelled, RunLocalError, UsageError
 from offload.events import Done, Event, FinishReason, LiveChanges, Notice, PrefillProgress, RowEvent, RunStats, Token
@@ -87,7 +87,7 @@ class Engine(LiveMethods):
         self,
         *,
         model: PreTrainedModel,
-        decoding: AbstractContextManager[None],
+        threads: TorchThreads,
         encoder: PromptEncoder,
         generation_config: GenerationConfig,
         plan: AnyPlan,
@@ -103,7 +103,7 @@ class Engine(LiveMethods):
         graphs: GraphChoice,
     ) -> None:
         self._model = model
-        self._decoding = decoding
+        self._threads = threads
         self._encoder = encoder
         self._defaults = generation_config
         self._labels = labels
@@ -124,7 +124,9 @@ class Engine(LiveMethods):
         self._seed: int | None = None
         self._closed = False
         self._rooms = Rooms(runtime, storage, plan)
-        self._passes = Passes(model, storage.device, runtime, self._kv, self._rooms, self._prefill_chunk)
+        self._passes = Passes(
+            model, storage.device, runtime, self._kv, self._rooms, self._prefill_chunk, threads.prompt
+        )
         self._passes.use_graphs(graphs, self.context_tokens, plan.sizes.graph_bytes)
         self._form = AnswerForm.of(encoder.tokenizer)
         self._stop_ids = stop_ids(generation_config, encoder.end_ids())
@@ -341,7 +343,7 @@ class Engine(LiveMethods):
             while len(tokens) < limit:
                 if self._runtime.cancelled.is_set():
                     raise Cancelled
-                with self._decoding:
+                with self._threads.decode:
                     token = sampler(tokens, logits)
                 tokens.append(token)
                 tally.new_tokens += 1
@@ -389,7 +391,7 @@ class Engine(LiveMethods):
     def _decode(self, token: int, tally: Tally) -> torch.Tensor:
         self._live.start_token()
         began = self._device.now()
-        with self._decoding:
+        with self._threads.decode:
             logits = self._passes.run([token], decode=True)[-1]
         tally.count_pass(seconds := self._device.now() - began, [1], decode=True)
         self._live.end_token(seconds)
@@ -401,7 +403,7 @@ class Engine(LiveMethods):
         passes = RowPasses(
             self._model,
             self._device,
-            self._decoding,
+            self._threads,
             self._runtime,
             self._rooms,
             self.plan.sizes,

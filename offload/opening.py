@@ -29,7 +29,7 @@ from offload.compute.calibration import load as load_calibration
 from offload.compute.choose import expert_compute, grouped_kernels, products_for_cpu, published_for_cpu
 from offload.compute.decoded import decode_bytes
 from offload.compute.product import DECODE_BYTES, Products
-from offload.compute.threads import OneThread
+from offload.compute.threads import OneThread, TorchThreads
 from offload.config import DEFAULT_CONTEXT_TOKENS, DEFAULT_HOST_POLICY, EngineSettings
 from offload.demo import DEMO_NAME
 from offload.devices import Device, get_device
@@ -65,7 +65,7 @@ from offload.memory.rows import (
 from offload.memory.storage import AnyPlan, open_storage, staging_buffers
 from offload.memory.tier_plan import Asked, TierPlan, Vram, make_tier_plan
 from offload.meter import RunLabels, seconds_since_process_start
-from offload.model.attention import use_grouped_attention
+from offload.model.attention import attends_in_kernels, use_grouped_attention
 from offload.model.experts import ExpertRuntime
 from offload.model.families import needs_whole_prompts
 from offload.model.families.deepseek_v4 import foretell_by_tokens
@@ -210,13 +210,14 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
     runtime.attach(modules)
     if predictor is not None:
         foretell_by_tokens(model, modules, runtime.foretell)
-    decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    threads = TorchThreads()
     if products.kernels is not None and "native" not in (settings.format, settings.dense_format):
         products.kernels.threads = torch.get_num_threads()
-        decoding = OneThread()
+        plain = attends_in_kernels(model, products.kernels) and can_pack(model, new_kv_cache(model.config, 1))
+        threads = TorchThreads(OneThread(), OneThread(keeps_library=True) if plain else contextlib.nullcontext())
     return {
         "model": model,
-        "decoding": decoding,
+        "threads": threads,
         "encoder": encoder,
         "generation_config": generation_config,
         "plan": plan,

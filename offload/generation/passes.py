@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -22,8 +23,16 @@ class Passes:
     """``requests`` and ``forwards`` count what was begun. ``notices`` collects what a front end should say."""
 
     def __init__(
-        self, model: PreTrainedModel, device: Device, runtime: ExpertRuntime, kv: KVState, rooms: Rooms, chunk: int
+        self,
+        model: PreTrainedModel,
+        device: Device,
+        runtime: ExpertRuntime,
+        kv: KVState,
+        rooms: Rooms,
+        chunk: int,
+        prompts: AbstractContextManager[None],
     ) -> None:
+        """``prompts`` surrounds passes of a prompt's tokens."""
         self.requests = self.forwards = 0
         self.notices: list[Notice] = []
         self._graphs: DecodeGraphs | None = None
@@ -34,6 +43,7 @@ class Passes:
         self._kv = kv
         self._rooms = rooms
         self._chunk = chunk
+        self._prompts = prompts
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -91,7 +101,7 @@ class Passes:
             self.requests - 1, len(self._kv.tokens), self.forwards - 1, decode, recent=recent
         )
         try:
-            with self._device.running():
+            with self._device.running(), nullcontext() if decode else self._prompts:
                 self._runtime.begin_pass(len(tokens))
                 if self._graphs is not None and decode and len(tokens) == 1 and not all_positions:
                     replayed = self._graphs.run(tokens[0])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from cache.recent import recent_tokens
+from offload.compute.threads import TorchThreads
 from offload.devices.base import Device
 from offload.events import Notice, RowEvent
 from offload.generation.answer import AnswerForm
@@ -34,7 +34,7 @@ class RowPasses:
         self,
         model: PreTrainedModel,
         device: Device,
-        decoding: AbstractContextManager[None],
+        threads: TorchThreads,
         runtime: ExpertRuntime,
         rooms: Rooms,
         sizes: ModelSizes,
@@ -48,7 +48,7 @@ class RowPasses:
         self.requests, self.forwards = first_request, first_forward
         self._model = model
         self._device = device
-        self._decoding = decoding
+        self._threads = threads
         self._runtime = runtime
         self._rooms = rooms
         self._notices = notices
@@ -70,7 +70,7 @@ class RowPasses:
             stop_ids=stop_ids,
             sampler=lambda sampling: Sampler(sampling, defaults),
             run=self._pass,
-            decoding=self._decoding,
+            decoding=self._threads.decode,
             make_room=self._make_room,
             cancelled=self._runtime.cancelled.is_set,
             on_admit=self._on_admit,
@@ -89,7 +89,7 @@ class RowPasses:
         self._runtime.current = ForwardPass(*of_rows[0][:2], self.forwards, decode, of_rows, recent)
         self.forwards += 1
         began = self._device.now()
-        with self._device.running(), self._decoding if decode else nullcontext():
+        with self._device.running(), self._threads.decode if decode else self._threads.prompt:
             self._runtime.begin_pass(sum(part.count for part in parts))
             logits = self._attention.run(segments, self._device.torch_device).to("cpu")
         seconds = self._device.now() - began

@@ -32,6 +32,12 @@ def use_grouped_attention(model: PreTrainedModel, kernels: Kernels | None) -> No
     model.set_attn_implementation(NAME)
 
 
+def attends_in_kernels(model: PreTrainedModel, kernels: Kernels) -> bool:
+    """Whether nothing large is left to torch in a prompt's passes, if ``model`` has no layers but plain attention."""
+    own = model.config.get_text_config()._attn_implementation == NAME
+    return own and kernels.prompts and kernels.integer_dot and model.dtype == torch.bfloat16
+
+
 def _attention(
     kernels: Kernels | None,
     module: torch.nn.Module,

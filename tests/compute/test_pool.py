@@ -77,6 +77,8 @@ def test_one_thread_gives_back_what_was() -> None:
         with few:
             assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == (1, False)
         assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before
+    with OneThread(keeps_library=True):
+        assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == (1, before[1])
     with pytest.raises(KeyError), few:
         raise KeyError
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before

@@ -150,6 +150,28 @@ def test_chunks_and_windows_as_stock_has_them(
     assert error.median() < 0.02  # at a few positions a router has two experts as likely
 
 
+@pytest.mark.parametrize(("model_type", "alone"), [("qwen3_moe", True), ("jamba", False)])
+def test_prompts_take_one_torch_thread_where_kernels_do_the_rest(
+    model_type: str, alone: bool, tmp_path: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (kernels.prompts and kernels.integer_dot):
+        pytest.skip("this processor does not multiply bfloat16")
+    checkpoint = build_tiny(model_type, tmp_path / "model", dtype=torch.bfloat16)
+    monkeypatch.setattr(kernels, "threads", None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with open_tiny(checkpoint, tmp_path / "packs", format="int8", dense_format="int8") as engine:
+            threads = []
+            engine._model.lm_head.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
+            _, done = finish(engine.generate("one two three", GREEDY))
+            assert done.error is None
+            assert threads[0] == (1 if alone else 2) and set(threads[1:]) <= {1}
+            assert kernels.threads == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_scores_far_apart_and_values_that_are_no_numbers(kernels: Kernels) -> None:
     query = torch.ones(1, 16)
     keys = torch.tensor([-1e4, 0.0, 1e4])[None, :, None].expand(1, 3, 16).contiguous()

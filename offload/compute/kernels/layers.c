@@ -1,5 +1,5 @@
-/* What stands between the products of a decode step: norms and the attention of one token. A few microseconds each,
- * where the same as a row of library calls takes ten times as long.
+/* What stands between the products: norms, the attention of one token, and the sum of what a token's experts give. A few
+ * microseconds each in a decode step, where the same as a row of library calls takes ten times as long.
  */
 #include "common.h"
 #include "pool.h"
@@ -66,9 +66,19 @@ static void norm_row(void *context, int r) {
   const Norm *n = context;
   const int width = n->width, dtype = n->dtype, way = n->way;
   const size_t at = (size_t)r * width;
-  f32x16 squares = {0};
+  f32x16 squares = {0}, more[3] = {{0}, {0}, {0}}; /* several sums, since each waits for itself */
   float rest = 0;
   int c = 0;
+  for (; c + 64 <= width; c += 64) {
+    const f32x16 v = load_values(n->x, dtype, at + c);
+    squares += v * v;
+    UNROLL
+    for (int i = 0; i < 3; i++) {
+      const f32x16 other = load_values(n->x, dtype, at + c + 16 * (i + 1));
+      more[i] += other * other;
+    }
+  }
+  squares += more[0] + (more[1] + more[2]);
   for (; c + 16 <= width; c += 16) {
     const f32x16 v = load_values(n->x, dtype, at + c);
     squares += v * v;
@@ -158,5 +168,56 @@ int rl_attend(const Attention *a, void *out, int threads) {
   all.scores = scratch(&attention_scores, a->heads * all.stride * sizeof(float));
   if (!all.scores) return -1;
   pool_run((long)a->keys * a->heads * a->width > 65536 ? threads : 1, a->heads, attend_part, &all);
+  return 0;
+}
+
+/* out[t, :] = the sum of weights[r] * products[r, :] over the rows r of token t, in the order of r; 0 without rows. */
+typedef struct {
+  const float *products, *weights;
+  const int32_t *row_of, *start; /* rows, token after token; where those of each begin */
+  void *out;
+  int hidden, dtype;
+} Combine;
+
+#define SUMS 8 /* vectors that are summed together */
+
+INLINE void combine_columns(const Combine *c, int token, int column, const int parts) {
+  f32x16 sum[SUMS];
+  UNROLL
+  for (int i = 0; i < parts; i++) sum[i] = all16(0);
+  for (int n = c->start[token]; n < c->start[token + 1]; n++) {
+    const int r = c->row_of[n];
+    const float *product = c->products + (size_t)r * c->hidden + column;
+    UNROLL
+    for (int i = 0; i < parts; i++) sum[i] += c->weights[r] * load16(product + 16 * i);
+  }
+  UNROLL
+  for (int i = 0; i < parts; i++) store_values(c->out, c->dtype, (size_t)token * c->hidden + column + 16 * i, sum[i]);
+}
+
+static void combine_token(void *context, int token) {
+  const Combine *c = context;
+  int column = 0;
+  for (; column + 16 * SUMS <= c->hidden; column += 16 * SUMS) combine_columns(c, token, column, SUMS);
+  for (; column + 16 <= c->hidden; column += 16) combine_columns(c, token, column, 1);
+  for (; column < c->hidden; column++) {
+    float sum = 0;
+    for (int n = c->start[token]; n < c->start[token + 1]; n++) sum += c->weights[c->row_of[n]] * c->products[(size_t)c->row_of[n] * c->hidden + column];
+    store_value(c->out, c->dtype, (size_t)token * c->hidden + column, sum);
+  }
+}
+
+static __thread Scratch rows_of_tokens;
+
+int rl_combine(int rows, int hidden, const float *products, const float *weights, const int32_t *token_of, int tokens, void *out,
+               int out_dtype, int threads) {
+  int32_t *start = scratch(&rows_of_tokens, ((size_t)tokens + 2 + rows) * sizeof *start), *row_of = start + tokens + 2;
+  if (!start) return -1;
+  memset(start, 0, ((size_t)tokens + 2) * sizeof *start);
+  for (int r = 0; r < rows; r++) start[token_of[r] + 2]++;
+  for (int t = 1; t <= tokens; t++) start[t + 1] += start[t];
+  for (int r = 0; r < rows; r++) row_of[start[token_of[r] + 1]++] = r; /* a token's next row; in the end its end */
+  Combine c = {products, weights, row_of, start, out, hidden, out_dtype};
+  pool_run(rows > 64 ? threads : 1, tokens, combine_token, &c);
   return 0;
 }

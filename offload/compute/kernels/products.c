@@ -521,39 +521,5 @@ int rl_silu_experts(const Expert *expert, int jobs, const Job *list, const void 
   return 0;
 }
 
-#define PART 256 /* columns that a thread sums at a time */
-
-typedef struct {
-  const float *products, *weights;
-  const int32_t *token_of;
-  float *sum;
-  void *out;
-  int rows, hidden, tokens, out_dtype;
-} Combine;
-
-static void combine_part(void *context, int part) {
-  const Combine *c = context;
-  const size_t hidden = c->hidden;
-  const int from = part * PART, to = from + PART < c->hidden ? from + PART : c->hidden;
-  for (int t = 0; t < c->tokens; t++) memset(c->sum + t * hidden + from, 0, (to - from) * sizeof(float));
-  for (int r = 0; r < c->rows; r++) {
-    float *into = c->sum + c->token_of[r] * hidden;
-    const float *product = c->products + r * hidden;
-    for (int i = from; i < to; i++) into[i] += c->weights[r] * product[i];
-  }
-  for (int t = 0; t < c->tokens; t++)
-    for (int i = from; i < to; i++) store_value(c->out, c->out_dtype, t * hidden + i, c->sum[t * hidden + i]);
-}
-
-/* out[token_of[r], :] += weights[r] * products[r, :], in the order of r; out starts from zero. */
-int rl_combine(int rows, int hidden, const float *products, const float *weights, const int32_t *token_of, int tokens, void *out,
-               int out_dtype, int threads) {
-  float *sum = scratch(&panel_values, (size_t)tokens * hidden * sizeof(float));
-  if (!sum) return -1;
-  Combine c = {products, weights, token_of, sum, out, rows, hidden, tokens, out_dtype};
-  pool_run(rows > 64 ? threads : 1, (hidden + PART - 1) / PART, combine_part, &c);
-  return 0;
-}
-
 /* 1 if products of inputs that need not be exact use the processor's integer dot products. */
 int rl_integer_dot(void) { return INTEGER_DOT; }
