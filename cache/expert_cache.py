@@ -53,6 +53,7 @@ class ExpertCache(SlotTable):
     ) -> None:
         super().__init__(slots, policy)
         self._event: Sequence[ExpertKey] = ()
+        self._members: frozenset[ExpertKey] = frozenset()  # the same
         self._needed: set[ExpertKey] = set()  # keys of the open event that were not released
         self._share = None if layers is None else layer_shares(slots, layers)
         self._fill = slots if fill is None else fill
@@ -110,6 +111,7 @@ class ExpertCache(SlotTable):
         counters.pending += len(found.pending)
         counters.misses += len(found.misses)
         self._event = keys
+        self._members = frozenset(keys)
         self._needed = set(keys)
         if recent is None:
             self.policy.record_event(keys)
@@ -213,9 +215,17 @@ class ExpertCache(SlotTable):
             raise ValueError(f"release: the open event does not hold {key}")
         self._needed.remove(key)
 
+    def makes_room(self, key: ExpertKey) -> bool:
+        """Whether a key of the open event may get a slot because ``key``, a hit, is released, before all are.
+
+        Others may be released whenever it suits: no victim depends on it.
+        """
+        return self._recent is None or self._share is not None or key in self._passing
+
     def end_event(self) -> None:
         """Close the event; nothing is protected on its account any more. Loads in flight stay loading."""
         self._event = ()
+        self._members = frozenset()
         self._needed = set()
         self._recent = None
 
@@ -317,7 +327,7 @@ class ExpertCache(SlotTable):
         """Records at the cold end that neither the event nor a load holds."""
         if not self._passing:
             return []
-        return [key for key in self._passing if key not in self._event and key not in self._loading]
+        return [key for key in self._passing if key not in self._members and key not in self._loading]
 
     def _reserve_streaming(
         self, keys: Sequence[ExpertKey], layer: int, recent: frozenset[ExpertKey]
@@ -326,17 +336,9 @@ class ExpertCache(SlotTable):
         to_fill = max(0, min(len(self._free), self._fill - self._held[layer]))
         free = len(self._free) - to_fill
         wanted = sum(key in recent for key in keys)
-        in_event = sum(key in self._slot for key in self._event)
-        others = (
-            self._held[layer] - in_event - sum(key.layer == layer and key not in self._event for key in self._loading)
-        )
-        blocked = {*self._event, *self._loading, *self._passing}
-        others -= sum(
-            key.layer == layer and key not in self._event and key not in self._loading for key in self._passing
-        )
-        idle = (self.policy.victims(min(wanted, others), blocked, layer) or []) if wanted and others > 0 else []
+        idle = self._idle_of(layer, wanted) if wanted else []
         outside = self._passing_outside()
-        done = [key for key in self._passing if key in self._event and key not in self._needed]
+        done = [key for key in self._passing if key in self._members and key not in self._needed]
         grow = self._most_passing - len(self._passing)
         filled: list[ExpertKey] = []
         passing: list[ExpertKey] = []
@@ -357,7 +359,7 @@ class ExpertCache(SlotTable):
                 grow -= 1
                 filled.append(key)
                 self._passing[key] = None
-            elif grow > 0 and (more := self._coldest_outside({*blocked, *idle, *victims})):
+            elif grow > 0 and (more := self._coldest_outside({*self._occupied(), *idle, *victims})):
                 grow -= 1
                 victims.append(more)
                 passing.append(key)
@@ -374,6 +376,16 @@ class ExpertCache(SlotTable):
         taken = self._take_slots([*filled, *order], len(filled), victims)
         self._passing.update(dict.fromkeys(passing))
         return taken
+
+    def _occupied(self) -> set[ExpertKey]:
+        """Keys that the open event, a load or the cold end holds."""
+        return {*self._members, *self._loading, *self._passing}
+
+    def _idle_of(self, layer: int, most: int) -> list[ExpertKey]:
+        """At most so many records of ``layer`` that nothing occupies, the coldest first."""
+        blocked = self._occupied()
+        others = self._held[layer] - sum(key.layer == layer and key in self._slot for key in blocked)
+        return (self.policy.victims(min(most, others), blocked, layer) or []) if others > 0 else []
 
     def _coldest_outside(self, blocked: set[ExpertKey]) -> ExpertKey | None:
         found = self.policy.victims(1, blocked)

@@ -30,7 +30,7 @@ from offload.model.prefetch import Guess, Prefetcher
 from offload.model.transformers_api import ExpertsModule, register_experts_function
 
 _WAVE = 4
-"""Hits that are computed together while records wait for their slots: few, so that reads start early."""
+"""Records that are computed together while others wait for slots: few, so that reads start early and go on."""
 
 
 class ExpertRuntime:
@@ -72,6 +72,8 @@ class ExpertRuntime:
         self.instead: Callable[..., torch.Tensor] | None = None
         self._most_ahead = prefetch_bytes
         self._left_ahead = prefetch_bytes  # bytes that the current pass may still prefetch
+        self._fills_gaps = loads.link is None  # a device with a link computes beside it anyway
+        self._spare: list[ExpertKey] = []  # hits of the open event to compute while nothing has arrived
         self._ahead: dict[ExpertKey, LoadTicket] = {}  # prefetches under way
         self._reading = ReadAhead(cache, {layer.layer: layer.experts for layer in file.manifest.layers})
         self._coming: dict[ExpertKey, LoadTicket] = {}  # what it reads ahead
@@ -127,7 +129,9 @@ class ExpertRuntime:
                 self.host_experts.planner.record_event(keys)
         misses = list(found.misses)
         loading = [*found.pending]
-        hits = list(found.hits)
+        fills = self._fills_gaps and not self.current.decode
+        hits = [key for key in found.hits if not fills or self.cache.makes_room(key)]
+        self._spare = [key for key in found.hits if key not in hits]
         on_cpu = None
         try:
             if self.host_experts is not None and misses:
@@ -156,7 +160,7 @@ class ExpertRuntime:
                 some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
                 del hits[: len(some)]
                 loading += self._compute_ready(event, some, misses)
-            while loading or misses or (on_cpu is not None and on_cpu.left):
+            while loading or misses or self._spare or (on_cpu is not None and on_cpu.left):
                 if self.cancelled.is_set():
                     raise Cancelled
                 if guesses is not None and not misses:
@@ -165,7 +169,7 @@ class ExpertRuntime:
                 if on_cpu is not None and on_cpu.left and not self._has_arrived(loading):
                     self._compute_on_cpu(event, on_cpu)
                     continue
-                if not loading:  # prefetches hold the slots that are left
+                if not loading and not self._spare:  # prefetches hold the slots that are left
                     self._give_way()
                 loading += self._compute_arrived(event, loading, loading, misses)
         finally:
@@ -219,7 +223,12 @@ class ExpertRuntime:
     def _compute_arrived(
         self, event: EventCompute, some: list[ExpertKey], loading: list[ExpertKey], misses: list[ExpertKey]
     ) -> list[ExpertKey]:
-        """Wait for the next of ``some`` of what is ``loading``; both lose what is then computed."""
+        """Wait for the next of ``some`` of what is ``loading``; both lose what is then computed. Instead of waiting a
+        few of the spare hits are computed, as long as there are any."""
+        if self._spare and not self._has_arrived(some):
+            wave = self._spare[: _WAVE if loading or misses else None]
+            del self._spare[: len(wave)]
+            return self._compute_ready(event, wave, misses)
         arrived = self._arrived(some)
         for key in arrived:
             for keys in (some, loading) if some is not loading else (loading,):
@@ -236,7 +245,8 @@ class ExpertRuntime:
         """
         if self.current.one_token:
             return list(loading)
-        return list(itertools.takewhile(lambda key: self._tickets[key].ready(), loading)) or loading[:1]
+        most = len(loading) if self.current.decode else _WAVE
+        return list(itertools.takewhile(lambda key: self._tickets[key].ready(), loading[:most])) or loading[:1]
 
     def _has_arrived(self, loading: list[ExpertKey]) -> bool:
         """Whether the device could go on, where it pays to look: one token's experts wait for all loads anyway."""

@@ -166,6 +166,55 @@ def test_victims_do_not_depend_on_when_reads_end() -> None:
         assert [load.victim for load in cache.reserve(left)] == [first]
 
 
+def served(
+    cache: ExpertCache, layer: int, experts: Sequence[int], recent: Sequence[Sequence[int]], seed: int
+) -> object:
+    """What an event loads, in order, and in place of what. A seed puts the hits that make no room anywhere between the
+    loads; 0 has all hits first."""
+    chance, loads = random.Random(seed), []
+    found = cache.lookup(layer, experts, decode=False, recent=recent)
+    misses, flying = list(found.misses), []
+    first = [key for key in found.hits if not seed or cache.makes_room(key)]
+    spare = [key for key in found.hits if key not in first]
+
+    def start() -> None:
+        for load in cache.reserve(misses):
+            misses.remove(load.key)
+            flying.append(load.key)
+            loads.append((load.key, load.victim))
+
+    start()
+    while first or flying or spare:
+        if first:
+            cache.release(first.pop(0))
+        elif spare and (not flying or chance.random() < 0.5):
+            cache.release(spare.pop(0))
+        else:
+            cache.commit(flying[0])
+            cache.release(flying.pop(0))
+        start()
+    assert not misses
+    cache.end_event()
+    return loads
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 10**6), st.sampled_from(POLICIES), st.integers(1, 40), st.integers(1, 3), st.none() | st.just(400)
+)
+def test_when_a_hit_is_computed_changes_no_victim(
+    seed: int, policy: str, slots: int, layers: int, records: int | None
+) -> None:
+    chance = random.Random(seed)
+    caches = [ExpertCache(slots, make_policy(policy), fill=-(-slots // layers), records=records) for _ in range(2)]
+    for _ in range(12):
+        layer, experts = chance.randrange(layers), chance.sample(range(16), chance.randint(1, 16))
+        recent = [chance.sample(experts, chance.randint(1, len(experts))) for _ in range(chance.randint(0, 2))]
+        whole, mixed = (served(cache, layer, experts, recent, by) for cache, by in zip(caches, (0, seed), strict=True))
+        assert whole == mixed
+        assert caches[0].resident() == caches[1].resident()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.sampled_from(POLICIES), st.integers(1, 40), st.integers(1, 3))
 def test_any_mix_of_events_is_served(data: st.DataObject, policy: str, slots: int, layers: int) -> None:

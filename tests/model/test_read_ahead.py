@@ -15,6 +15,7 @@ from offload.config import SamplingSettings
 from offload.engine import Engine
 from offload.errors import ExpertFileError
 from offload.events import Done, PrefillProgress, RunStats
+from offload.memory.lanes import Ticket
 from tests.engines import finish, open_tiny
 from tests.tiny_models import build_tiny
 
@@ -109,3 +110,33 @@ def test_a_record_that_cannot_be_read_ahead_is_an_error_where_it_is_needed(
         at_rest(engine)
         monkeypatch.setattr(ExpertFile, "read_into", real)
         assert answer(engine)[0] == expected
+
+
+def test_hits_fill_the_gaps_between_reads(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has arrived is computed first, so that its slot reads on; the same tokens and counts whenever that is."""
+    answers, hits_last = [], []
+    for ready in (lambda ticket: ticket._done.wait(), lambda ticket: False):
+        monkeypatch.setattr(Ticket, "ready", ready)
+        with open_tiny(checkpoint, tmp_path, residency=0.6, prefill_chunk=41) as engine:
+            runtime, computed, found = engine._runtime, [], []
+            lookup, compute = runtime.cache.lookup, runtime._compute_ready
+            monkeypatch.setattr(
+                runtime.cache,
+                "lookup",
+                lambda *args, real=lookup, to=found, **named: to.append(real(*args, **named)) or to[-1],
+            )
+            monkeypatch.setattr(
+                runtime, "_compute_ready", lambda *args, real=compute, to=computed: to.extend(args[1]) or real(*args)
+            )
+            answer(engine)
+            prompt = len(found)
+            text, stats = answer(engine)
+            answers.append((text, stats.experts, stats.bytes.disk_read))
+            first = found[prompt]
+            assert first.hits and first.misses, "this says nothing else"
+            order = [
+                key for key in computed[sum(map(len, sum(found[:prompt], ()))) :] if key.layer == first.hits[0].layer
+            ]
+            hits_last.append(order[len(first.hits) + len(first.pending) + len(first.misses) - 1] in first.hits)
+    assert answers[0] == answers[1]
+    assert hits_last == [True, False]
