@@ -148,6 +148,8 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
             device.set_budget(plan.vram_budget - plan.vram.reserved)
         folder = ensure_pack(source, resolved.name, resolved.revision, settings.format, settings.experts_dir, on_event)
         products = products_for_cpu(settings, on_event) if device.unified else Products(None, 0)
+        if products.kernels is not None:
+            products.kernels.states.clear()  # another model's
         file = undo.enter_context(ExpertFile(folder))
         if notice := file.fallback_notice():
             on_event(Notice(notice))

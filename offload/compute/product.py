@@ -68,7 +68,7 @@ class Products:
             return self.decoded_linear(matrix, inputs, bias)
         assert self.kernels is not None
         inputs = inputs.contiguous()
-        output = torch.empty(len(inputs), matrix.layout.rows, dtype=inputs.dtype)
+        output = self.kernels.states.empty((len(inputs), matrix.layout.rows), inputs.dtype)
         step = wide_rows(panel_bytes(matrix.layout))
         for first in range(0, len(inputs), step):
             job = (matrix.codes.data_ptr(), matrix.params.data_ptr(), first, min(step, len(inputs) - first))

@@ -150,7 +150,7 @@ class _QuantizedEvent(RowEvent):
         kernels = self._owner.products.kernels
         hidden = self._hidden
         if kernels is not None and hidden.dtype in (torch.float32, torch.bfloat16):
-            output = torch.empty_like(hidden)
+            output = kernels.states.empty(hidden.shape, hidden.dtype)
             kernels.combine(self._products, self._routed, self._token_of, output)
             return output
         total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)

@@ -60,7 +60,8 @@ def _attention(
             if suits is not None and suits.prompts and query.dtype == torch.bfloat16:
                 window = _seen(module, attention_mask, query.shape[2], key.shape[2], options.get("is_causal"))
                 if window is not None:
-                    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+                    shape = (1, query.shape[2], query.shape[1], value.shape[3])
+                    output = suits.states.empty(shape, query.dtype)
                     suits.attend_prompt(query[0], key[0], value[0], scale, window, output)
                     return output, None
         elif attention_mask is None:

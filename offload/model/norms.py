@@ -37,7 +37,7 @@ class FusedNorm(torch.nn.Module):
             result: torch.Tensor = self.__dict__["_module"](hidden_states)
             return result
         hidden_states = hidden_states.contiguous()
-        output = torch.empty_like(hidden_states)
+        output = self._kernels.states.empty(hidden_states.shape, hidden_states.dtype)
         self._kernels.rms_norm(hidden_states, self.weight, self.epsilon, self.way, output)
         return output
 

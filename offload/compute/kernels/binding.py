@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from offload.compute.kernels.build import BuildError, build
+from offload.compute.states import States
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -102,6 +103,8 @@ class Kernels:
         self._attend.argtypes = [pointer, pointer, number]
         self._attend_prompt.argtypes = [pointer, number]
         self.threads: int | None = None
+        self.states = States()
+        """Where results of many tokens go."""
         self.integer_dot = bool(library.rl_integer_dot())
         """Whether the processor has integer dot products, and so there are products for many tokens, of bfloat16
         inputs."""
