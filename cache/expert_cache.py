@@ -120,6 +120,8 @@ class ExpertCache(SlotTable):
         for group in groups:
             self.policy.record_event(group)
         self._recent = frozenset().union(*groups)
+        if self._passing and found.pending:
+            self._keep_foretold(found.pending, layer, self._recent)
         return found
 
     def reserve(self, keys: Sequence[ExpertKey], limit: int | None = None) -> list[Reservation]:
@@ -176,8 +178,9 @@ class ExpertCache(SlotTable):
 
         ``keys`` are of one layer and not resident. They get what that event would take first: free slots of the layer's
         share, then those at the cold end, once nothing in them is loading or needed by the open event. Nothing else
-        goes, so under the scope ``layer`` only free slots are given. No more records than there are slots at the cold
-        end are ever on their way for events to come. Raises ValueError if a key is resident already.
+        goes, unless the cold end has fewer slots than it may have; under the scope ``layer`` only free slots are given.
+        No more records than there are slots at the cold end are ever on their way for events to come. Raises ValueError
+        if a key is resident already.
         """
         room = self._most_passing - len(self._loading.difference(self._event))
         if room <= 0 or not keys:
@@ -192,7 +195,12 @@ class ExpertCache(SlotTable):
         free = max(0, min(room, len(keys), len(self._free), self._fill - self._held[layer]))
         kept = self._loading | self._needed
         victims = [key for key in self._passing if key not in kept and key.layer != layer]
-        victims = victims[: min(room, len(keys)) - free]
+        wanted = min(room, len(keys)) - free
+        del victims[wanted:]
+        if (grow := min(wanted - len(victims), self._most_passing - len(self._passing))) > 0:
+            blocked = {*self._event, *self._loading, *self._passing, *(key for key in self._slot if key.layer == layer)}
+            available = len(self._slot) - sum(key in self._slot for key in blocked)
+            victims += self.policy.victims(min(grow, available), blocked) or []
         taken = self._take_slots(keys[: free + len(victims)], free, victims)
         self._passing.update((load.key, None) for load in taken[free:])
         return taken
@@ -212,6 +220,14 @@ class ExpertCache(SlotTable):
         if key not in self._needed:
             raise ValueError(f"release: the open event does not hold {key}")
         self._needed.remove(key)
+
+    def passes(self, key: ExpertKey) -> bool:
+        """Whether the slot of ``key``, which the open event holds, may go to another key as soon as it is released.
+
+        In an event that streams only those at the cold end do, before all is released, so that the others can be
+        released in any order.
+        """
+        return self._recent is None or self._share is not None or key in self._passing
 
     def end_event(self) -> None:
         """Close the event; nothing is protected on its account any more. Loads in flight stay loading."""
@@ -326,15 +342,8 @@ class ExpertCache(SlotTable):
         to_fill = max(0, min(len(self._free), self._fill - self._held[layer]))
         free = len(self._free) - to_fill
         wanted = sum(key in recent for key in keys)
-        in_event = sum(key in self._slot for key in self._event)
-        others = (
-            self._held[layer] - in_event - sum(key.layer == layer and key not in self._event for key in self._loading)
-        )
+        idle = self._idle(layer, wanted)
         blocked = {*self._event, *self._loading, *self._passing}
-        others -= sum(
-            key.layer == layer and key not in self._event and key not in self._loading for key in self._passing
-        )
-        idle = (self.policy.victims(min(wanted, others), blocked, layer) or []) if wanted and others > 0 else []
         outside = self._passing_outside()
         done = [key for key in self._passing if key in self._event and key not in self._needed]
         grow = self._most_passing - len(self._passing)
@@ -374,6 +383,21 @@ class ExpertCache(SlotTable):
         taken = self._take_slots([*filled, *order], len(filled), victims)
         self._passing.update(dict.fromkeys(passing))
         return taken
+
+    def _keep_foretold(self, pending: Sequence[ExpertKey], layer: int, recent: frozenset[ExpertKey]) -> None:
+        """What came in at the cold end and is of recent use changes places with idle records of the layer, which a miss
+        would have displaced: they are at the cold end now."""
+        keys = [key for key in pending if key in self._passing and key in recent]
+        for key, idle in zip(keys, self._idle(layer, len(keys)), strict=False):
+            del self._passing[key]
+            self._passing[idle] = None
+
+    def _idle(self, layer: int, most: int) -> list[ExpertKey]:
+        """At most ``most`` records of ``layer``, the coldest first, that the open event does not need, beside those at
+        the cold end and on their way."""
+        blocked = {*self._event, *self._loading, *self._passing}
+        others = self._held[layer] - sum(key.layer == layer and key in self._slot for key in blocked)
+        return (self.policy.victims(min(most, others), blocked, layer) or []) if most and others > 0 else []
 
     def _coldest_outside(self, blocked: set[ExpertKey]) -> ExpertKey | None:
         found = self.policy.victims(1, blocked)
