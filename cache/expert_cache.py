@@ -122,6 +122,8 @@ class ExpertCache(SlotTable):
         for group in groups:
             self.policy.record_event(group)
         self._recent = frozenset().union(*groups)
+        if self._passing and found.pending:
+            self._keep_foretold(found.pending, layer, self._recent)
         return found
 
     def reserve(self, keys: Sequence[ExpertKey], limit: int | None = None) -> list[Reservation]:
@@ -178,8 +180,9 @@ class ExpertCache(SlotTable):
 
         ``keys`` are of one layer and not resident. They get what that event would take first: free slots of the layer's
         share, then those at the cold end, once nothing in them is loading or needed by the open event. Nothing else
-        goes, so under the scope ``layer`` only free slots are given. No more records than there are slots at the cold
-        end are ever on their way for events to come. Raises ValueError if a key is resident already.
+        goes, unless the cold end has fewer slots than it may have; under the scope ``layer`` only free slots are given.
+        No more records than there are slots at the cold end are ever on their way for events to come. Raises ValueError
+        if a key is resident already.
         """
         room = self._most_passing - len(self._loading.difference(self._event))
         if room <= 0 or not keys:
@@ -194,7 +197,12 @@ class ExpertCache(SlotTable):
         free = max(0, min(room, len(keys), len(self._free), self._fill - self._held[layer]))
         kept = self._loading | self._needed
         victims = [key for key in self._passing if key not in kept and key.layer != layer]
-        victims = victims[: min(room, len(keys)) - free]
+        wanted = min(room, len(keys)) - free
+        del victims[wanted:]
+        if (grow := min(wanted - len(victims), self._most_passing - len(self._passing))) > 0:
+            blocked = {*self._event, *self._loading, *self._passing, *(key for key in self._slot if key.layer == layer)}
+            available = len(self._slot) - sum(key in self._slot for key in blocked)
+            victims += self.policy.victims(min(grow, available), blocked) or []
         taken = self._take_slots(keys[: free + len(victims)], free, victims)
         self._passing.update((load.key, None) for load in taken[free:])
         return taken
@@ -386,6 +394,14 @@ class ExpertCache(SlotTable):
         blocked = self._occupied()
         others = self._held[layer] - sum(key.layer == layer and key in self._slot for key in blocked)
         return (self.policy.victims(min(most, others), blocked, layer) or []) if others > 0 else []
+
+    def _keep_foretold(self, pending: Sequence[ExpertKey], layer: int, recent: frozenset[ExpertKey]) -> None:
+        """What came in at the cold end and is of recent use changes places with idle records of the layer, which a miss
+        would have displaced: they are at the cold end now."""
+        keys = [key for key in pending if key in self._passing and key in recent]
+        for key, idle in zip(keys, self._idle_of(layer, len(keys)), strict=False):
+            del self._passing[key]
+            self._passing[idle] = None
 
     def _coldest_outside(self, blocked: set[ExpertKey]) -> ExpertKey | None:
         found = self.policy.victims(1, blocked)

@@ -2,7 +2,8 @@
 
 A pass over hundreds of tokens takes nearly all experts of every layer, so there is no need to wait for a router: while
 the last experts of a layer are computed and the attention of the next one runs, the lanes load what that layer lacks.
-Where events use fewer experts nothing is read ahead.
+Where events use fewer experts nothing is read ahead, but what somebody says who knows (:meth:`ReadAhead.expect`): of
+rows that decode together the routers tell what is almost sure (:class:`cache.guesses.SureGuesses`).
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ class ReadAhead:
         self._full_from: int | None = None  # tokens with which an event used nearly all experts
         self._layer: int | None = None  # read ahead for this one
         self._wanted: list[ExpertKey] | None = None  # what it lacks, if that was looked up
+        self._said = False  # whether somebody said so
 
     @property
     def aims(self) -> bool:
         """Whether :meth:`reserve` may give something."""
         return self._layer is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it would start loads, had it slots for them."""
+        return self._layer is not None and (self._wanted is None or bool(self._wanted))
 
     def begin_pass(self, tokens: int) -> None:
         """A pass over so many tokens begins: if as many used all experts before, those of the first layer are due."""
@@ -79,13 +86,25 @@ class ReadAhead:
             after = self._first
         self._aim(after if full and after != layer else None)
 
+    def after(self, layer: int) -> int | None:
+        """The layer whose event comes next in the same pass; None after the last."""
+        return self._after.get(layer)
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """The next event, which is of ``layer``, is almost sure to take these ``experts``, the surest first."""
+        self._aim(layer)
+        self._said = True
+        self._wanted = [key for key in self._cache.keys(layer, experts) if self._cache.state(key) is SlotState.EMPTY]
+
     def reserve(self) -> list[Reservation]:
         """Slots for loads that should start now; maybe none. Only when all loads of the open event have theirs."""
-        if self._layer is None:
+        if self._layer is None or not self.waits:
             return []
         if self._wanted is None:
             keys = self._cache.keys(self._layer, range(self._experts[self._layer]))
             self._wanted = [key for key in keys if self._cache.state(key) is SlotState.EMPTY]
+        elif self._said:  # a prefetch may have been quicker
+            self._wanted = [key for key in self._wanted if self._cache.state(key) is SlotState.EMPTY]
         loads = self._cache.reserve_next(self._wanted)
         del self._wanted[: len(loads)]
         self.coming.update((load.key, None) for load in loads)
@@ -109,4 +128,4 @@ class ReadAhead:
         self.stop()
 
     def _aim(self, layer: int | None) -> None:
-        self._layer, self._wanted = layer, None
+        self._layer, self._wanted, self._said = layer, None, False

@@ -1,8 +1,9 @@
 """The engine: opens a model under a budget and answers with a stream of events. All that a front end sees.
 
 Thread ownership: one thread, the one that iterates :meth:`Engine.generate`, owns the model, the KV cache and the expert
-cache. Only the disk lane's workers run beside it, and they touch nothing but the slot they were given. From other
-threads only :meth:`Engine.cancel` and :meth:`Engine.snapshot` may be called.
+cache. Only the disk lane's workers run beside it, and they touch nothing but the slot they were given, and where rows
+decode a thread that makes the noise of their next draws. From other threads only :meth:`Engine.cancel` and
+:meth:`Engine.snapshot` may be called.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class ExpertStats:
 
     ``compute_calls`` counts calls into kernels or libraries that computed experts, over ``events``.
     ``computed_on_cpu`` of the misses were computed there beside a device with memory of its own; None without one.
-    ``read_ahead`` records were loaded by passes of many tokens before their event began, and ``read_ahead_used`` of
+    ``read_ahead`` records were loaded by passes of several tokens before their event began, and ``read_ahead_used`` of
     them were taken by it (they are among ``pending``).
     """
 

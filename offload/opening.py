@@ -72,7 +72,7 @@ from offload.model.families.deepseek_v4 import foretell_by_tokens
 from offload.model.kv_cache import kv_row_memory, new_kv_cache
 from offload.model.norms import fuse_norms
 from offload.model.packed import can_pack
-from offload.model.prefetch import make_prefetcher
+from offload.model.prefetch import RowGuesses, make_prefetcher
 from offload.model.prompt import PromptEncoder
 from offload.model.row_cache import whole_blocks_of
 from offload.model.skeleton import count_weights, load_skeleton, skeleton_bytes
@@ -207,8 +207,9 @@ def open_model(settings: EngineSettings, on_event: OnLoad) -> dict[str, Any]:
         each = guesses_of(experts_per_token(model.config), link=loads.link is not None)
         ahead = len(modules) * each * plan.sizes.slot_bytes
     runtime = ExpertRuntime(
-        cache, arena, loads, file, weight_format, compute, recorder, predictor, usage, host_experts, ahead
-    )
+        cache, arena, loads, file, weight_format, compute, recorder, predictor, usage, host_experts, ahead,
+        RowGuesses(model, modules, cache),
+    )  # fmt: skip
     runtime.attach(modules)
     if predictor is not None:
         foretell_by_tokens(model, modules, runtime.foretell)

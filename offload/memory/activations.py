@@ -69,13 +69,13 @@ def host_compute_bytes(config: PretrainedConfig, itemsize: int, context: int, ch
 
 
 def row_bytes(config: PretrainedConfig, itemsize: int, context: int, rows: int, kv_bytes: int) -> int:
-    """What a pass of several rows needs beyond that of one: their logits, the states of attention joined again, and,
-    where keys are made from latent states, those of all rows at once.
+    """What a pass of several rows needs beyond that of one: their logits, the noise of their draws, the states of
+    attention joined again, and, where keys are made from latent states, those of all rows at once.
 
     ``kv_bytes`` are those of all rows' caches together.
     """
     text = config.get_text_config()
-    size = 2 * rows * text.vocab_size * itemsize
+    size = rows * text.vocab_size * (2 * itemsize + _FLOAT32)
     if rank := getattr(text, "kv_lora_rank", None):
         heads = _first(text, "num_attention_heads", default=1)
         latent = (rank + _first(text, "qk_rope_head_dim")) * itemsize

@@ -26,7 +26,7 @@ from offload.errors import Cancelled
 from offload.memory.loads import Loads, LoadTicket
 from offload.model.forward_pass import ForwardPass, TransferCounters
 from offload.model.host_experts import HostEvent, HostExperts
-from offload.model.prefetch import Guess, Prefetcher
+from offload.model.prefetch import Guess, Prefetcher, RowGuesses
 from offload.model.transformers_api import ExpertsModule, register_experts_function
 
 _WAVE = 4
@@ -49,8 +49,10 @@ class ExpertRuntime:
         usage: ExpertUsage | None = None,
         host_experts: HostExperts | None = None,
         prefetch_bytes: int = 2**63,
+        row_guesses: RowGuesses | None = None,
     ) -> None:
         """``prefetch_bytes``: the most that a pass loads on predictions for each of its rows, of whatever lane.
+        ``row_guesses`` tell what can be read ahead for rows where ``predictor`` foretells nothing.
 
         ``instead``, if somebody set it, is called by the model in the place of :meth:`run`.
         """
@@ -77,6 +79,7 @@ class ExpertRuntime:
         self._ahead: dict[ExpertKey, LoadTicket] = {}  # prefetches under way
         self._reading = ReadAhead(cache, {layer.layer: layer.experts for layer in file.manifest.layers})
         self._coming: dict[ExpertKey, LoadTicket] = {}  # what it reads ahead
+        self._row_guesses = row_guesses
         self._unused: set[ExpertKey] = set()  # prefetched, and no event has asked for them yet
         self._tickets: dict[ExpertKey, LoadTicket] = {}
         self._pass: ForwardPass | None = None  # the one that the last event belonged to
@@ -129,10 +132,10 @@ class ExpertRuntime:
                 self.host_experts.planner.record_event(keys)
         misses = list(found.misses)
         loading = [*found.pending]
-        fills = self._fills_gaps and not self.current.decode
+        fills = self._fills_gaps and recent is not None
         hits = [key for key in found.hits if not fills or self.cache.makes_room(key)]
         self._spare = [key for key in found.hits if key not in hits]
-        on_cpu = None
+        on_cpu, rows = None, self.current.decode and recent is not None
         try:
             if self.host_experts is not None and misses:
                 on_cpu = self.host_experts.begin(layer, hidden, chosen, found)
@@ -143,6 +146,12 @@ class ExpertRuntime:
             if not misses:
                 self._read_ahead()
             event = self._compute.begin(module, hidden, top_k_index, top_k_weights, self._weights)
+            if self._row_guesses is not None:
+                self._row_guesses.record_event(layer, chosen if rows else None)
+                if rows and on_cpu is None and (self.predictor is None or self.predictor.rests):
+                    self._row_guesses.expect(self._reading, layer, hidden, top_k_index.shape[1], found)
+                    if not misses:
+                        self._read_ahead()
             guesses = None
             if self.predictor is not None and self.current.decode:
                 guesses = self._guesses(self.predictor, layer, hidden, top_k_index.shape[1])
@@ -156,8 +165,8 @@ class ExpertRuntime:
                 if self.cancelled.is_set():
                     raise Cancelled
                 loading += self._compute_arrived(event, early, loading, misses)
-            while hits:
-                some = hits[: _WAVE if misses else None]  # a slot of theirs may be the one that a miss waits for
+            while hits:  # a slot of theirs may be the one that a miss waits for
+                some = hits[: _WAVE if misses or self._reading.waits else None]
                 del hits[: len(some)]
                 loading += self._compute_ready(event, some, misses)
             while loading or misses or self._spare or (on_cpu is not None and on_cpu.left):
@@ -216,9 +225,7 @@ class ExpertRuntime:
         self._reading.clear()
         self._views.clear()
 
-    def close(self) -> None:
-        """Finish or drop all loads in flight. The runtime can serve no event afterwards."""
-        self.settle()
+    close = settle  # it can serve no event afterwards
 
     def _compute_arrived(
         self, event: EventCompute, some: list[ExpertKey], loading: list[ExpertKey], misses: list[ExpertKey]
@@ -226,18 +233,18 @@ class ExpertRuntime:
         """Wait for the next of ``some`` of what is ``loading``; both lose what is then computed. Instead of waiting a
         few of the spare hits are computed, as long as there are any."""
         if self._spare and not self._has_arrived(some):
-            wave = self._spare[: _WAVE if loading or misses else None]
+            wave = self._spare[: _WAVE if loading or misses or self._reading.waits else None]
             del self._spare[: len(wave)]
             return self._compute_ready(event, wave, misses)
-        arrived = self._arrived(some)
+        arrived = self._arrived(some, None if self.current.decode and not misses else _WAVE)
         for key in arrived:
             for keys in (some, loading) if some is not loading else (loading,):
                 keys.remove(key)
             self._finish_load(key)
         return self._compute_ready(event, arrived, misses)
 
-    def _arrived(self, loading: list[ExpertKey]) -> list[ExpertKey]:
-        """What to wait for and compute next.
+    def _arrived(self, loading: list[ExpertKey], most: int | None) -> list[ExpertKey]:
+        """What to wait for and compute next, with many tokens at most so much.
 
         One token takes an expert less time than another call would cost, so all loads are awaited; with many tokens
         the first to arrive are computed while the rest is on its way. Always in the order in which they began: what is
@@ -245,7 +252,6 @@ class ExpertRuntime:
         """
         if self.current.one_token:
             return list(loading)
-        most = len(loading) if self.current.decode else _WAVE
         return list(itertools.takewhile(lambda key: self._tickets[key].ready(), loading[:most])) or loading[:1]
 
     def _has_arrived(self, loading: list[ExpertKey]) -> bool:
@@ -285,10 +291,11 @@ class ExpertRuntime:
                 self._tell_computed([self.cache.slot(key) for key in ready])
         started = self._start_loads(misses) if misses and not ready else []
         for key in ready:
+            useful = key is ready[-1] or self.cache.makes_room(key)  # else nothing can be had for its slot
             self.cache.release(key)
-            if misses:
+            if useful and misses:
                 started += self._start_loads(misses)
-            if not misses:
+            if useful and not misses:
                 self._read_ahead()
         return started
 
@@ -314,9 +321,8 @@ class ExpertRuntime:
     def _read_ahead(self) -> None:
         """Start loads of what the next event of a pass of many tokens will take, once this one's are under way."""
         reserved = self._reading.reserve()
-        if reserved:
-            self._start(reserved, self._coming)
-            self.transfers.read_ahead += len(reserved)
+        self._start(reserved, self._coming)
+        self.transfers.read_ahead += len(reserved)
 
     def _keep(self, key: ExpertKey) -> None:
         """Wait for a record that was read ahead, so that what is held does not depend on when a read ends. One that
@@ -330,7 +336,7 @@ class ExpertRuntime:
             self.cache.abandon(key)
         else:
             self.cache.commit(key)
-            self._count_bytes(size)
+            self.transfers.count_bytes(size, self.current.decode)
 
     def _give_way(self) -> None:
         """Loads that the event does not need hold the slots that are left: end one."""
@@ -349,13 +355,7 @@ class ExpertRuntime:
             raise
         self.cache.commit(key)
         self.transfers.stall_seconds += stalled
-        self._count_bytes(size)
-
-    def _count_bytes(self, size: int) -> None:
-        if self.current.decode:
-            self.transfers.decode_bytes += size
-        else:
-            self.transfers.prefill_bytes += size
+        self.transfers.count_bytes(size, self.current.decode)
 
     def _settle(self, key: ExpertKey, tickets: dict[ExpertKey, LoadTicket]) -> None:
         """Wait until nothing writes to the key's slot, then keep or give up the slot. Raises nothing."""
@@ -403,7 +403,7 @@ class ExpertRuntime:
         for key in [key for key, ticket in self._ahead.items() if ticket.ready()]:
             ticket = self._ahead[key]
             self._settle(key, self._ahead)
-            self._count_bytes(ticket.size)
+            self.transfers.count_bytes(ticket.size, self.current.decode)
 
     def _sort_prefetches(self, layer: int, found: Lookup) -> None:
         """Those that this event needs become its loads; those that came too late are dropped if they have not begun."""
@@ -415,10 +415,9 @@ class ExpertRuntime:
                 self._tickets[key] = ticket
                 self.transfers.read_ahead_used += 1
         self._drop_late(layer)
-        if self._unused:
-            used = self._unused.intersection(found.hits) | self._unused.intersection(found.pending)
-            self._unused -= used
-            self.transfers.prefetch_used += len(used)
+        used = self._unused.intersection(found.hits) | self._unused.intersection(found.pending)
+        self._unused -= used
+        self.transfers.prefetch_used += len(used)
 
     def _drop_late(self, layer: int) -> None:
         for key in [key for key in self._ahead if key.layer == layer]:

@@ -54,7 +54,7 @@ class ForwardPass:
 class TransferCounters:
     """Sums since the start: bytes read from disk, those of records that passes took and that were not held when the
     pass began, the seconds that compute waited for them, loads on a prediction and those of them that an event used,
-    the bytes of those loads, records that passes of many tokens read before their event, and those of them that it
+    the bytes of those loads, records that passes of several tokens read before their event, and those of them that it
     took, events, the calls that computed their experts, misses that the CPU computed beside the device, and the bytes
     of their records, which the link did not have to carry for that."""
 
@@ -71,3 +71,10 @@ class TransferCounters:
     compute_calls: int = 0
     computed_on_cpu: int = 0
     not_moved_bytes: int = 0
+
+    def count_bytes(self, size: int, decode: bool) -> None:
+        """``size`` bytes came from disk during a pass that decodes, or not."""
+        if decode:
+            self.decode_bytes += size
+        else:
+            self.prefill_bytes += size

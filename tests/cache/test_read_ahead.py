@@ -176,3 +176,102 @@ def test_any_run_is_served(slots: int, layers: int, policy: str, by_layer: bool,
             assert pending <= min(before, used)
             assert len(run.reading.coming) <= most
             assert len(run.cache.resident()) <= slots
+
+
+class Rows(Run):
+    """Passes of rows that decode: all they take is of recent use, and some of the next layer's is told before.
+
+    ``mood`` decides what is computed next where that is free: a hit whose slot is of no use, or what has arrived.
+    """
+
+    def __init__(self, slots: int, scope: str, layers: int, mood: random.Random) -> None:
+        super().__init__(slots, "ewma", scope, layers)
+        self.mood = mood
+        self.log: list[tuple[ExpertKey, int, ExpertKey | None]] = []
+
+    def rows_event(self, layer: int, experts: list[int], told: list[int]) -> None:
+        cache, reading = self.cache, self.reading
+        found = reading.take(cache.lookup(layer, experts, recent=[experts]))
+        reading.begin_event(layer, len(experts), 4, [experts])
+        waiting, flying = list(found.misses), []
+
+        def start() -> None:
+            loads = cache.reserve(waiting) if waiting else []
+            del waiting[: len(loads)]
+            flying.extend(load.key for load in loads)
+            if not waiting:
+                ahead = reading.reserve()
+                self.ahead += len(ahead)
+                loads += ahead
+            self.log += loads
+            self.read += len(loads)
+            cache.check_integrity()
+
+        def use(key: ExpertKey, arrived: bool) -> None:
+            if arrived:
+                cache.commit(key)
+            cache.release(key)
+            start()
+
+        start()
+        if told and (after := reading.after(layer)) is not None and not reading.aims:
+            reading.expect(after, told)
+            start()
+        for key in found.pending:
+            use(key, True)
+        hits = sorted(found.hits, key=cache.makes_room, reverse=True)
+        while hits or flying or waiting:
+            free = hits and not cache.makes_room(hits[0])
+            if flying and (not hits or (free and self.mood.random() < 0.5)):
+                use(flying.pop(0), True)
+            elif hits:
+                use(hits.pop(0), False)
+            else:
+                key = next(iter(reading.coming))
+                reading.forget(key)
+                cache.commit(key)
+                start()
+        for key in reading.left(layer):
+            reading.forget(key)
+            cache.commit(key)
+        cache.end_event()
+
+    def rows_pass(self, taken: list[list[int]], told: list[list[int]]) -> None:
+        held = self.cache.resident().difference(self.reading.coming)
+        self.reading.begin_pass(4)
+        self.reserve()
+        for layer, experts in enumerate(taken):
+            self.needed += sum(key not in held for key in self.cache.keys(layer, experts))
+            self.rows_event(layer, experts, told[layer + 1] if layer + 1 < len(told) else [])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 4), st.booleans(), st.integers(0, 999))
+def test_what_rows_evict_does_not_depend_on_when_reads_end(slots: int, layers: int, by_layer: bool, seed: int) -> None:
+    scope = "layer" if by_layer else "global"
+    runs = [Rows(slots, scope, layers, random.Random(mood)) for mood in (1, 2)]
+    for run in runs:
+        chance = random.Random(seed)
+        for _ in range(6):
+            taken = [chance.sample(range(EXPERTS), chance.randint(1, 20)) for _ in range(layers)]
+            told = [chance.sample([*experts, *range(5)], min(6, len(experts))) for experts in taken]
+            run.rows_pass(taken, [list(dict.fromkeys(each)) for each in told])
+    first, second = ((run.log, run.cache.counters, run.cache.resident(), run.ahead) for run in runs)
+    assert first == second
+
+
+def test_rows_keep_what_was_read_ahead_as_they_keep_what_they_missed() -> None:
+    """Without that it would be read in every pass again, being at the cold end."""
+    chance = random.Random(0)
+    favourites = [[chance.sample(range(EXPERTS), 10) for _ in range(LAYERS)] for _ in range(2)]
+    reads = []
+    for tells in (False, True):
+        run = Rows(128, "global", LAYERS, random.Random(0))
+        for number in range(40):
+            taken = [[*each, *random.Random(number).sample(range(EXPERTS), 4)] for each in favourites[number // 20]]
+            taken = [list(dict.fromkeys(each)) for each in taken]
+            run.rows_pass(taken, taken if tells else [[]] * LAYERS)
+        assert bool(run.ahead) == tells
+        assert run.read <= 1.05 * run.needed
+        reads.append(run.read)
+    assert reads[1] <= 1.05 * reads[0]

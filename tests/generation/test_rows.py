@@ -138,7 +138,8 @@ def test_an_expert_is_read_once_for_all_rows_of_a_pass(checkpoints: Callable[[st
         stats = engine.stats()
         counters = engine._runtime.cache.counters
         reads = stats.bytes.disk_read // engine.plan.sizes.slot_bytes
-        assert reads <= counters.prefill.misses + counters.decode.misses
+        assert reads <= counters.prefill.misses + counters.decode.misses + stats.experts.read_ahead
+        assert stats.experts.read_ahead - stats.experts.read_ahead_used <= 1 + 0.03 * reads
         layers, passes = 4, engine._passes.forwards
         assert stats.experts.events == layers * passes
         assert stats.experts.accesses <= layers * passes * 8

@@ -5,6 +5,7 @@ same token for the same seed, and the same probabilities as transformers' ``gene
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -214,7 +215,21 @@ def test_scores_equal_those_of_generate(model: PreTrainedModel, values: dict[str
     ):
         sampler = Sampler(settings, defaults)
         assert torch.equal(sampler._processors(torch.tensor([PROMPT]), logits.clone()[None]), expected)
-        assert [sampler(PROMPT, logits) for _ in range(5)] == draws
+        assert [sampler(PROMPT, logits) for _ in range(2)] == draws[:2]
+        for drawn in draws[2:]:  # prepared on another thread, and once more
+            other = Thread(target=sampler.prepare)
+            other.start()
+            other.join()
+            sampler.prepare()
+            assert sampler(PROMPT, logits) == drawn
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_choose_nothing(value: float) -> None:
+    logits = logits_of(1)
+    logits[3] = value
+    with pytest.raises(RuntimeError, match="no token can be chosen"):
+        Sampler(SamplingSettings(temperature=1.0), NEUTRAL)(PROMPT, logits)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])

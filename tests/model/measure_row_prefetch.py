@@ -1,7 +1,8 @@
 """What prefetching brings rows that decode together: ``python -m tests.model.measure_row_prefetch BENCH FLAGS``.
 
-Runs ``bench`` with these flags (a ``--batch-size`` and a ``--prefetch`` among them) and switches the prefetch off and
-on every four passes. Neighbouring fours are compared, so that what else the machine does hits both.
+Runs ``bench`` with these flags (a ``--batch-size`` and maybe a ``--prefetch`` among them) and switches the prefetch, or
+with ``--prefetch off`` what rows read ahead, off and on every four passes. Neighbouring fours are compared, so that
+what else the machine does hits both.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ def main(flags: list[str]) -> int:
     windows: list[tuple[bool, list[tuple[float, int]]]] = []  # whether it prefetched; seconds and bytes of each pass
     real = RowPasses._pass
     passes = 0
-    predictor: Any = None
+    both: tuple[Any, Any] | None = None
 
     def measured(self: RowPasses, segments: list[Segment], parts: list[PassPart]) -> torch.Tensor:
-        nonlocal passes, predictor
+        nonlocal passes, both
         runtime = self._runtime
         if len(parts) < 2 or not all(part.decode for part in parts):
             return real(self, segments, parts)
-        predictor = predictor or runtime.predictor
+        both = both or (runtime.predictor, runtime._row_guesses)
         number, place = divmod(passes, WINDOW)
         passes += 1
         on = number % 4 in (1, 2)  # off, on, on, off: a drift counts for neither
-        runtime.predictor = predictor if on else None
+        runtime.predictor, runtime._row_guesses = both if on else (None, None)
         if not place:
             windows.append((on, []))
         began, read = time.perf_counter(), runtime.transfers.decode_bytes

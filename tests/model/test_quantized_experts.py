@@ -126,6 +126,20 @@ def test_order_and_groups_of_the_experts_do_not_matter(name: str, dtype: torch.d
             assert torch.equal(quantized.run(products, event, groups), together)
 
 
+def test_few_pairs_are_sorted_as_torch_sorts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, chance = Quantized("silu", "int4", torch.float32), torch.Generator().manual_seed(2)
+    for tokens in (2, 16):
+        hidden = torch.randn(tokens, HIDDEN, generator=chance)
+        index = torch.randint(0, EXPERTS, (tokens, 3), generator=chance)
+        index[0, 1] = index[1, 0]
+        event = (hidden, index, torch.rand(tokens, 3, generator=chance))
+        outputs = []
+        for few in (0, 512):
+            monkeypatch.setattr("offload.compute.quantized_experts._FEW_PAIRS", few)
+            outputs.append(quantized.run(Products(load_kernels(), 16), event))
+        assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_odd_routing(kernels: str) -> None:
     """Ids beyond the last expert, an expert that a token chose twice, and tokens with no expert at all."""

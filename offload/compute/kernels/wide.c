@@ -223,7 +223,7 @@ typedef struct {
   Panel outer, inner;
   float *states; /* [rows, width of the inner matrix] */
   void *out;
-  int out_dtype, tiles, failed;
+  int out_dtype, threads, tiles, parts, failed;
 } Wide;
 
 static void fill_outer(void *context, int r) {
@@ -239,78 +239,123 @@ static void fill_inner(void *context, int r) {
 
 INLINE __mmask16 first_of(int count) { return (__mmask16)((1u << count) - 1); }
 
-/* 32 rows of a matrix, for all rows of its job. */
-static void product_tile(Wide *w, const Shape *s, const uint8_t *codes, const uint8_t *params, int job, int from, const Panel *p) {
-  const int left = s->rows - from, first = left < HALF ? left : HALF, second = left < 2 * HALF ? left - first : HALF;
-  const int count = w->list[job].count;
-  const Multiply run = multiply_of(s);
-  Rows rows;
-  if (rows_init(&rows, s)) {
+/* Two times up to 16 rows of a matrix, which a thread brings into order and multiplies with all rows of a job. */
+typedef struct {
+  const Shape *shape;
+  const uint8_t *codes, *params;
+  int row[2], count[2];
+} Tile;
+
+/* Brings a tile into order. Returns 0, or -1 if there is no memory. */
+static int order(Wide *w, const Tile *tile, Rows *rows) {
+  if (rows_init(rows, tile->shape)) {
     __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
-    return;
+    return -1;
   }
-  order_half(s, codes, params, from, first, 0, &rows);
-  order_half(s, codes, params, second ? from + HALF : from, second, 1, &rows);
-  const __mmask16 masks[2] = {first_of(first), first_of(second)};
-  for (int at = 0; at < count; at += TOGETHER) {
-    const int tokens = count - at < TOGETHER ? count - at : TOGETHER;
+  for (int h = 0; h < 2; h++) order_half(tile->shape, tile->codes, tile->params, tile->row[h], tile->count[h], h, rows);
+  return 0;
+}
+
+/* Fetches part `part` of `parts` of a tile that is likely to come next: its codes come from memory, and 16 streams are
+ * more than the hardware follows. All at once they would hold up the loads of this tile. Inline, since GCC takes a call
+ * of what only fetches for one that does nothing. */
+INLINE void fetch(const Tile *tile, int part, int parts) {
+  const size_t stride = row_bytes(tile->shape), param_stride = row_params(tile->shape);
+  for (int r = part * 2 * HALF / parts; r < (part + 1) * 2 * HALF / parts; r++) {
+    if (r % HALF >= tile->count[r / HALF]) continue;
+    const size_t row = tile->row[r / HALF] + r % HALF;
+    for (size_t at = 0; at < stride; at += 64) __builtin_prefetch(tile->codes + row * stride + at, 0, 2);
+    for (size_t at = 0; at < param_stride; at += 64) __builtin_prefetch(tile->params + row * param_stride + at, 0, 2);
+  }
+}
+
+static Tile rows_of(const Shape *s, const uint8_t *codes, const uint8_t *params, int from) { /* 32 after each other */
+  const int left = s->rows - from, first = left < HALF ? left : HALF, second = left < 2 * HALF ? left - first : HALF;
+  return (Tile){s, codes, params, {from, second ? from + HALF : from}, {first, second}};
+}
+
+static Tile linear_tile(const Wide *w, int part) {
+  const Job *job = &w->list[part / w->tiles];
+  return rows_of(w->shape, job->codes, job->params, part % w->tiles * 2 * HALF);
+}
+
+static Tile down_tile(const Wide *w, int part) {
+  const uint8_t *record = w->list[part / w->tiles].codes;
+  return rows_of(&w->expert->down, record + w->expert->down_codes, record + w->expert->down_params,
+                 part % w->tiles * 2 * HALF);
+}
+
+static Tile up_tile(const Wide *w, int part) { /* rows of the gate and the same of the up projection */
+  const uint8_t *record = w->list[part / w->tiles].codes;
+  const int from = part % w->tiles * HALF, width = w->expert->down.columns, some = width - from < HALF ? width - from : HALF;
+  return (Tile){w->shape, record + w->expert->gate_up_codes, record + w->expert->gate_up_params,
+                {from, width + from}, {some, some}};
+}
+
+typedef Tile (*TileOf)(const Wide *w, int part);
+typedef void (*Take)(const Wide *w, const Tile *tile, int job, int at, int tokens, __m512 (*sums)[2]);
+
+/* A tile times all rows of its job; `take` gets the sums of some of them, from row `at` of the job on. */
+INLINE void multiply_tile(Wide *w, int part, const Panel *p, TileOf tile_of, Take take) {
+  const int job = part / w->tiles, count = w->list[job].count, next = part + w->threads;
+  const int groups = (count + TOGETHER - 1) / TOGETHER;
+  const Tile tile = tile_of(w, part), ahead = tile_of(w, next < w->parts ? next : part);
+  const Multiply run = multiply_of(tile.shape);
+  Rows rows;
+  if (order(w, &tile, &rows)) return;
+  for (int g = 0; g < groups; g++) {
+    const int at = g * TOGETHER, tokens = count - at < TOGETHER ? count - at : TOGETHER;
     __m512 sums[TOGETHER][2];
+    if (next < w->parts) fetch(&ahead, g, groups);
     run(tokens, &rows, p, w->start[job] + at, sums);
-    for (int t = 0; t < tokens; t++)
-      for (int h = 0; h < 2; h++) {
-        const size_t to = (size_t)(w->list[job].first + at + t) * s->rows + from + h * HALF;
-        if (w->out_dtype == BF16)
-          _mm256_mask_storeu_epi16((uint16_t *)w->out + to, masks[h], bf16_of(sums[t][h]));
-        else
-          _mm512_mask_storeu_ps((float *)w->out + to, masks[h], sums[t][h]);
-      }
+    take(w, &tile, job, at, tokens, sums);
+  }
+}
+
+INLINE void take_products(const Wide *w, const Tile *tile, int job, int at, int tokens, __m512 (*sums)[2]) {
+  for (int t = 0; t < tokens; t++)
+    for (int h = 0; h < 2; h++) {
+      const size_t to = (size_t)(w->list[job].first + at + t) * tile->shape->rows + tile->row[h];
+      const __mmask16 mask = first_of(tile->count[h]);
+      if (w->out_dtype == BF16)
+        _mm256_mask_storeu_epi16((uint16_t *)w->out + to, mask, bf16_of(sums[t][h]));
+      else
+        _mm512_mask_storeu_ps((float *)w->out + to, mask, sums[t][h]);
+    }
+}
+
+INLINE void take_states(const Wide *w, const Tile *tile, int job, int at, int tokens, __m512 (*sums)[2]) {
+  for (int t = 0; t < tokens; t++) {
+    const f32x16 gate = (f32x16)sums[t][0];
+    const f32x16 value = gate / (1.0f + exp16(-gate)) * (f32x16)sums[t][1];
+    float *to = w->states + (size_t)(w->start[job] + at + t) * w->expert->down.columns + tile->row[0];
+    _mm512_mask_storeu_ps(to, first_of(tile->count[0]), (__m512)value);
   }
 }
 
 static void linear_part(void *context, int part) {
   Wide *w = context;
-  const Job *job = &w->list[part / w->tiles];
-  product_tile(w, w->shape, job->codes, job->params, part / w->tiles, part % w->tiles * 2 * HALF, &w->outer);
+  multiply_tile(w, part, &w->outer, linear_tile, take_products);
 }
 
-/* 16 rows of the gate and the same of the up projection: the inner states of 16 columns. */
 static void up_part(void *context, int part) {
   Wide *w = context;
-  const Shape *s = w->shape;
-  const int job = part / w->tiles, from = part % w->tiles * HALF, width = w->expert->down.columns;
-  const int some = width - from < HALF ? width - from : HALF, count = w->list[job].count;
-  const uint8_t *record = w->list[job].codes, *codes = record + w->expert->gate_up_codes;
-  const uint8_t *params = record + w->expert->gate_up_params;
-  const Multiply run = multiply_of(s);
-  Rows rows;
-  if (rows_init(&rows, s)) {
-    __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
-    return;
-  }
-  order_half(s, codes, params, from, some, 0, &rows);
-  order_half(s, codes, params, width + from, some, 1, &rows);
-  for (int at = 0; at < count; at += TOGETHER) {
-    const int tokens = count - at < TOGETHER ? count - at : TOGETHER;
-    __m512 sums[TOGETHER][2];
-    run(tokens, &rows, &w->outer, w->start[job] + at, sums);
-    for (int t = 0; t < tokens; t++) {
-      const f32x16 gate = (f32x16)sums[t][0];
-      const f32x16 value = gate / (1.0f + exp16(-gate)) * (f32x16)sums[t][1];
-      _mm512_mask_storeu_ps(w->states + (size_t)(w->start[job] + at + t) * width + from, first_of(some), (__m512)value);
-    }
-  }
+  multiply_tile(w, part, &w->outer, up_tile, take_states);
 }
 
 static void down_part(void *context, int part) {
   Wide *w = context;
-  const int job = part / w->tiles;
-  const uint8_t *record = w->list[job].codes;
-  product_tile(w, &w->expert->down, record + w->expert->down_codes, record + w->expert->down_params, job,
-               part % w->tiles * 2 * HALF, &w->inner);
+  multiply_tile(w, part, &w->inner, down_tile, take_products);
+}
+
+static void run_tiles(Wide *w, int jobs, int tiles, void (*work)(void *, int)) {
+  w->tiles = tiles;
+  w->parts = jobs * tiles;
+  pool_run(w->threads, w->parts, work, w);
 }
 
 /* Makes the input of the first product ready; returns the rows of all jobs, or -1 if there is no memory. */
-static int begin(Wide *w, int jobs, int threads) {
+static int begin(Wide *w, int jobs) {
   int total = 0;
   for (int j = 0; j < jobs; j++) total += w->list[j].count;
   int32_t *start = scratch(&runs_of, (size_t)(total + jobs) * sizeof *start), *row_of = start + jobs;
@@ -321,7 +366,7 @@ static int begin(Wide *w, int jobs, int threads) {
     start[j] = row;
     for (int i = 0; i < w->list[j].count; i++) row_of[row++] = w->list[j].first + i;
   }
-  pool_run(threads, total, fill_outer, w);
+  pool_run(w->threads, total, fill_outer, w);
   return total;
 }
 #endif
@@ -331,9 +376,9 @@ int rl_wide_linear(const Shape *s, int jobs, const Job *list, const void *x, con
                            int out_dtype, int threads) {
 #if INTEGER_DOT
   Wide w = {.shape = s, .list = list, .x = x, .token_of = token_of, .out = out, .out_dtype = out_dtype};
-  if (begin(&w, jobs, threads) < 0) return -1;
-  w.tiles = (s->rows + 2 * HALF - 1) / (2 * HALF);
-  pool_run(threads, jobs * w.tiles, linear_part, &w);
+  w.threads = threads;
+  if (begin(&w, jobs) < 0) return -1;
+  run_tiles(&w, jobs, (s->rows + 2 * HALF - 1) / (2 * HALF), linear_part);
   return -w.failed;
 #else
   (void)s, (void)jobs, (void)list, (void)x, (void)token_of, (void)out, (void)out_dtype, (void)threads;
@@ -348,15 +393,14 @@ int rl_wide_experts(const Expert *expert, int jobs, const Job *list, const void 
   const int width = expert->down.columns;
   Wide w = {.shape = &expert->gate_up, .expert = expert, .list = list, .x = x, .token_of = token_of, .out = out};
   w.out_dtype = F32;
-  const int rows = begin(&w, jobs, threads);
+  w.threads = threads;
+  const int rows = begin(&w, jobs);
   if (rows < 0) return -1;
   w.states = scratch(&states_of, (size_t)rows * width * sizeof(float));
   if (!w.states || panel_init(&w.inner, &expert->down, rows, &values_of[1], &more_of[1])) return -1;
-  w.tiles = (width + HALF - 1) / HALF;
-  pool_run(threads, jobs * w.tiles, up_part, &w);
+  run_tiles(&w, jobs, (width + HALF - 1) / HALF, up_part);
   pool_run(threads, rows, fill_inner, &w);
-  w.tiles = (expert->down.rows + 2 * HALF - 1) / (2 * HALF);
-  pool_run(threads, jobs * w.tiles, down_part, &w);
+  run_tiles(&w, jobs, (expert->down.rows + 2 * HALF - 1) / (2 * HALF), down_part);
   return -w.failed;
 #else
   (void)expert, (void)jobs, (void)list, (void)x, (void)token_of, (void)out, (void)threads;

@@ -11,9 +11,10 @@ from offload.model.prefetch.auto import AutoPrefetch
 from offload.model.prefetch.base import Guess, Prefetcher
 from offload.model.prefetch.foretold import Foretold
 from offload.model.prefetch.next_gate import NextGate
+from offload.model.prefetch.rows import RowGuesses
 from offload.model.transformers_api import ExpertsModule
 
-__all__ = ["Guess", "Prefetcher", "make_prefetcher"]
+__all__ = ["Guess", "NextGate", "Prefetcher", "RowGuesses", "make_prefetcher"]
 
 
 def make_prefetcher(

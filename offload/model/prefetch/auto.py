@@ -43,6 +43,10 @@ class AutoPrefetch(Prefetcher):
         self.worth = current.worth
         return current.guesses(layer, hidden, limit)
 
+    @property
+    def rests(self) -> bool:
+        return self._trial.arm not in self._candidates
+
     def end_token(self, seconds: float) -> None:
         self._trial.record(seconds)
 

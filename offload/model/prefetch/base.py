@@ -38,6 +38,11 @@ class Prefetcher(ABC):
         Each is worked out when it is asked for.
         """
 
+    @property
+    def rests(self) -> bool:
+        """Whether it would foretell nothing now."""
+        return False
+
     def end_token(self, seconds: float) -> None:  # noqa: B027 - most do not measure
         """A decoded token took so long, on the device's clock; of several in a pass each its share."""
 

@@ -55,8 +55,13 @@ class NextGate(Prefetcher):
 
 
 def _likeliest(router: Router, hidden: torch.Tensor, limit: int) -> list[int]:
+    return [expert for expert in most_wanted(ranked(router, hidden, limit)) if expert < router.experts]
+
+
+def ranked(router: Router, hidden: torch.Tensor, limit: int) -> list[list[int]]:
+    """The ``limit`` likeliest choices of ``router`` for each token of ``hidden`` [T, H], best first."""
     scores = torch.nn.functional.linear(hidden, router.weight.to(hidden.dtype), None).float()
     if router.correction is not None:  # it moves the choice, not the weights: families with a sigmoid router
         scores = scores.sigmoid() + router.correction
-    best = scores.topk(min(limit, scores.shape[1])).indices.tolist()
-    return [expert for expert in most_wanted(best) if expert < router.experts]
+    best: list[list[int]] = scores.topk(min(limit, scores.shape[1])).indices.tolist()
+    return best
