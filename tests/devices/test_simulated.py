@@ -13,7 +13,7 @@ from cache.machines import load_machine
 from offload.devices.simulated import SimulatedDevice, SimulatedError, VramExhausted
 from offload.devices.simulated.arena import SimHostArena, SimLink, SimSlotArena
 from offload.devices.simulated.kernels import SimExperts
-from offload.devices.simulated.tensor import to_device
+from offload.devices.simulated.tensor import Vram, to_device
 from offload.errors import BudgetError
 
 SLOT = 4096
@@ -262,3 +262,22 @@ def test_inputs_go_down_and_products_up(device: SimulatedDevice) -> None:
         assert moved.device.type == "simgpu" and moved.to("cpu").tolist() == [1, 2, 3, 4]
     assert device.now() - before > 2 * device.machine.load_s
     assert device.miss_rates(None, lambda: (1.0, 1.0)).host_bytes_per_s == device.machine.host_bytes_per_s  # type: ignore[arg-type]
+
+
+def test_memory_can_be_dropped_in_the_middle_of_anything() -> None:
+    """The garbage collector runs where somebody allocates: maybe while the same thread counts memory."""
+    vram = Vram(100)
+    vram.hold(1, 60)
+
+    def drop_inside() -> None:
+        with vram._lock:
+            vram.drop(1, 60)
+
+    thread = threading.Thread(target=drop_inside, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it waits for itself"
+    vram.hold(1, 100)  # the same address again, and room for it
+    assert (vram.used, vram.peak) == (100, 100)
+    vram.drop(1, 100)
+    assert vram.used == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,32 +43,58 @@ class VramExhausted(RunLocalError):
 
 
 class Vram:
-    """The memory of one simulated device: what is allocated, against a hard budget. Thread-safe."""
+    """The memory of one simulated device: what is allocated, against a hard budget. Thread-safe.
+
+    Tensors in a cycle are dropped by the garbage collector, which may run in the middle of anything that allocates, so
+    :meth:`drop` never waits: it leaves a note, and whoever has the lock, or gets it next, counts that.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = self.budget = total
-        self.used = self.peak = 0
+        self.peak = 0
+        self._used = 0
         self._lock = threading.Lock()
         self._holders: dict[int, int] = {}  # address of a storage -> tensors that look into it
+        self._dropped: deque[tuple[int, int]] = deque()  # addresses and sizes that are not counted yet
+
+    @property
+    def used(self) -> int:
+        self._settle()
+        return self._used
 
     def hold(self, address: int, size: int) -> None:
+        """Raises VramExhausted if there is no room."""
         with self._lock:
+            self._count_dropped()  # first: a note about the same address is older
             count = self._holders.get(address, 0)
             if not count:
-                if self.used + size > self.budget:
+                if self._used + size > self.budget:
                     raise VramExhausted(
-                        f"the simulated device has no room for {size} bytes more: {self.used} of {self.budget} are used"
+                        f"the simulated device has no room for {size} bytes more: "
+                        f"{self._used} of {self.budget} are used"
                     )
-                self.used += size
-                self.peak = max(self.peak, self.used)
+                self._used += size
+                self.peak = max(self.peak, self._used)
             self._holders[address] = count + 1
 
     def drop(self, address: int, size: int) -> None:
-        with self._lock:
+        self._dropped.append((address, size))
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._lock.acquire(blocking=False):
+            try:
+                self._count_dropped()
+            finally:
+                self._lock.release()
+
+    def _count_dropped(self) -> None:
+        while self._dropped:
+            address, size = self._dropped.popleft()
             self._holders[address] -= 1
             if not self._holders[address]:
                 del self._holders[address]
-                self.used -= size
+                self._used -= size
 
 
 class _Hold:
