@@ -52,8 +52,7 @@ class ExpertCache(SlotTable):
         records: int | None = None,
     ) -> None:
         super().__init__(slots, policy)
-        self._event: Sequence[ExpertKey] = ()
-        self._members: frozenset[ExpertKey] = frozenset()  # the same
+        self._event: frozenset[ExpertKey] = frozenset()  # keys of the open one
         self._needed: set[ExpertKey] = set()  # keys of the open event that were not released
         self._share = None if layers is None else layer_shares(slots, layers)
         self._fill = slots if fill is None else fill
@@ -110,8 +109,7 @@ class ExpertCache(SlotTable):
         counters.hits += len(found.hits)
         counters.pending += len(found.pending)
         counters.misses += len(found.misses)
-        self._event = keys
-        self._members = frozenset(keys)
+        self._event = frozenset(keys)
         self._needed = set(keys)
         if recent is None:
             self.policy.record_event(keys)
@@ -200,7 +198,7 @@ class ExpertCache(SlotTable):
         wanted = min(room, len(keys)) - free
         del victims[wanted:]
         if (grow := min(wanted - len(victims), self._most_passing - len(self._passing))) > 0:
-            blocked = {*self._event, *self._loading, *self._passing, *(key for key in self._slot if key.layer == layer)}
+            blocked = self._occupied().union(key for key in self._slot if key.layer == layer)
             available = len(self._slot) - sum(key in self._slot for key in blocked)
             victims += self.policy.victims(min(grow, available), blocked) or []
         taken = self._take_slots(keys[: free + len(victims)], free, victims)
@@ -232,8 +230,7 @@ class ExpertCache(SlotTable):
 
     def end_event(self) -> None:
         """Close the event; nothing is protected on its account any more. Loads in flight stay loading."""
-        self._event = ()
-        self._members = frozenset()
+        self._event = frozenset()
         self._needed = set()
         self._recent = None
 
@@ -296,7 +293,7 @@ class ExpertCache(SlotTable):
         super().check_integrity()
         assert self._passing.keys() <= self._slot.keys(), "what passes through has a slot"
         assert self._foretold <= self._slot.keys(), "what was loaded ahead has a slot"
-        assert self._needed <= set(self._event), "only keys of the open event are needed"
+        assert self._needed <= self._event, "only keys of the open event are needed"
 
     def _free_for(self, layer: int) -> int:
         """Free slots that ``layer`` may take."""
@@ -335,7 +332,7 @@ class ExpertCache(SlotTable):
         """Records at the cold end that neither the event nor a load holds."""
         if not self._passing:
             return []
-        return [key for key in self._passing if key not in self._members and key not in self._loading]
+        return [key for key in self._passing if key not in self._event and key not in self._loading]
 
     def _reserve_streaming(
         self, keys: Sequence[ExpertKey], layer: int, recent: frozenset[ExpertKey]
@@ -346,7 +343,7 @@ class ExpertCache(SlotTable):
         wanted = sum(key in recent for key in keys)
         idle = self._idle_of(layer, wanted) if wanted else []
         outside = self._passing_outside()
-        done = [key for key in self._passing if key in self._members and key not in self._needed]
+        done = [key for key in self._passing if key in self._event and key not in self._needed]
         grow = self._most_passing - len(self._passing)
         filled: list[ExpertKey] = []
         passing: list[ExpertKey] = []
@@ -387,7 +384,7 @@ class ExpertCache(SlotTable):
 
     def _occupied(self) -> set[ExpertKey]:
         """Keys that the open event, a load or the cold end holds."""
-        return {*self._members, *self._loading, *self._passing}
+        return {*self._event, *self._loading, *self._passing}
 
     def _idle_of(self, layer: int, most: int) -> list[ExpertKey]:
         """At most so many records of ``layer`` that nothing occupies, the coldest first."""

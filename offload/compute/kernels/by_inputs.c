@@ -38,29 +38,7 @@ INLINE u32x16 words(const uint32_t *from, long count) {
 /* Word j of vector i becomes word i of vector j. */
 INLINE void turn(u32x16 v[SIDE]) {
 #if defined(__AVX512F__)
-  __m512i a[SIDE], b[SIDE];
-  UNROLL16
-  for (int i = 0; i < SIDE; i += 2) {
-    a[i] = _mm512_unpacklo_epi32((__m512i)v[i], (__m512i)v[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32((__m512i)v[i], (__m512i)v[i + 1]);
-  }
-  UNROLL16
-  for (int i = 0; i < SIDE; i += 4) { /* of four rows, b[i + j] has the columns j, 4 + j, 8 + j and 12 + j */
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  UNROLL16
-  for (int j = 0; j < 4; j++) {
-    const __m512i even = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), odd = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-    const __m512i even2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-    const __m512i odd2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    v[j] = (u32x16)_mm512_shuffle_i32x4(even, even2, 0x88);
-    v[4 + j] = (u32x16)_mm512_shuffle_i32x4(odd, odd2, 0x88);
-    v[8 + j] = (u32x16)_mm512_shuffle_i32x4(even, even2, 0xdd);
-    v[12 + j] = (u32x16)_mm512_shuffle_i32x4(odd, odd2, 0xdd);
-  }
+  transpose16((__m512i *)v);
 #else
   uint32_t from[SIDE][SIDE], to[SIDE][SIDE];
   memcpy(from, v, sizeof from);

@@ -110,12 +110,15 @@ int rl_packed_decode(const Packed *matrix, void *out, int dtype, int transposed,
 
 /* --- products */
 
-/* Sums of a decoded row with T tokens, 32 columns at a time, each 16 lanes in two sums. */
-INLINE void dots_f32(const int T, const float *row, const float *const *x, long columns, float *sums) {
+/* Sums of a decoded row, of DTYPE, with T tokens of float inputs, 32 columns at a time, each 16 lanes in two sums. */
+INLINE void dots_floats(const int T, const int DTYPE, const void *row, const float *const *x, long columns, float *sums) {
+  const float *floats = row;
+  const uint16_t *halves = row;
   f32x16 acc[SHARED][2] = {0};
   long c = 0;
   for (; c + 32 <= columns; c += 32) {
-    const f32x16 a = load16(row + c), b = load16(row + c + 16);
+    const f32x16 a = DTYPE == F16 ? from_f16_16(halves + c) : load16(floats + c);
+    const f32x16 b = DTYPE == F16 ? from_f16_16(halves + c + 16) : load16(floats + c + 16);
     UNROLL
     for (int t = 0; t < T; t++) {
       acc[t][0] += a * load16(x[t] + c);
@@ -124,8 +127,16 @@ INLINE void dots_f32(const int T, const float *row, const float *const *x, long 
   }
   for (int t = 0; t < T; t++) {
     sums[t] = total16(acc[t][0] + acc[t][1]);
-    for (long i = c; i < columns; i++) sums[t] += row[i] * x[t][i];
+    for (long i = c; i < columns; i++) sums[t] += (DTYPE == F16 ? from_f16(halves[i]) : floats[i]) * x[t][i];
   }
+}
+
+INLINE void dots_f32(const int T, const void *row, const float *const *x, long columns, float *sums) {
+  dots_floats(T, F32, row, x, columns, sums);
+}
+
+INLINE void dots_f16(const int T, const void *row, const float *const *x, long columns, float *sums) {
+  dots_floats(T, F16, row, x, columns, sums);
 }
 
 INLINE void dots_bf16(const int T, const uint16_t *row, const uint16_t *const *x, long columns, float *sums) {
@@ -164,23 +175,6 @@ INLINE void dots_bf16(const int T, const uint16_t *row, const uint16_t *const *x
   for (int t = 0; t < T; t++) {
     sums[t] = total16(acc[t][0] + acc[t][1]);
     for (long i = c; i < columns; i++) sums[t] += bf16_to_float(row[i]) * bf16_to_float(x[t][i]);
-  }
-}
-
-INLINE void dots_f16(const int T, const uint16_t *row, const float *const *x, long columns, float *sums) {
-  f32x16 acc[SHARED][2] = {0};
-  long c = 0;
-  for (; c + 32 <= columns; c += 32) {
-    const f32x16 a = from_f16_16(row + c), b = from_f16_16(row + c + 16);
-    UNROLL
-    for (int t = 0; t < T; t++) {
-      acc[t][0] += a * load16(x[t] + c);
-      acc[t][1] += b * load16(x[t] + c + 16);
-    }
-  }
-  for (int t = 0; t < T; t++) {
-    sums[t] = total16(acc[t][0] + acc[t][1]);
-    for (long i = c; i < columns; i++) sums[t] += from_f16(row[i]) * x[t][i];
   }
 }
 

@@ -63,10 +63,7 @@ static void panel_fill_integers(const Panel *p, const Shape *s, int row, const v
     int8_t *to = (int8_t *)p->values + (row * p->width + block * BLOCK) * bytes;
     __m512 x[BLOCK / 16];
     __m512i q[BLOCK / 16];
-    for (int i = 0; i < BLOCK / 16; i++) {
-      const long left = s->columns - (long)(block * BLOCK + i * 16);
-      x[i] = load_floats(from, dtype, at + block * BLOCK + i * 16, left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
-    }
+    load_row(x, BLOCK / 16, from, dtype, at + block * BLOCK, s->columns - (long)(block * BLOCK));
     if (s->bits == 8) {
       scales[block] = integers_of(x, BLOCK / 16, MOST_INTEGER, q, &total);
       whole += (float)total * scales[block];

@@ -49,10 +49,7 @@ static void panel_fill(const Panel *p, const Shape *s, int row, const void *from
   for (size_t g = 0; g < p->groups; g++) {
     __m512 x[BLOCK / 16];
     __m512i q[BLOCK / 16];
-    for (int i = 0; i < group / 16; i++) {
-      const long left = s->columns - (long)(g * group + i * 16);
-      x[i] = load_floats(from, dtype, at + g * group + i * 16, left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
-    }
+    load_row(x, group / 16, from, dtype, at + g * group, s->columns - (long)(g * group));
     int32_t total;
     scales[g] = integers_of(x, group / 16, levels, q, &total);
     for (int i = 0; i < group / 16; i++, to += 16)
